@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv and build first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint bench setup clean
+
+demo: setup
+	$(BIN)/peftkern finetune --compare --output runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+setup: $(VENV)/built
+
+# torch is pinned: an unpinned torch is a CUDA build of several GB.
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.25" ninja pybind11 wheel
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
+	touch $@
+
+clean:
+	rm -rf build runs peftkern/*.so $(VENV)

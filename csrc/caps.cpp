@@ -1,0 +1,52 @@
+// _caps: what this build and this CPU can do. No tensors, no torch header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/nf4_codebook.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+
+PYBIND11_MODULE(_caps, m) {
+    m.doc() = "Capabilities of this build of peftkern and of the CPU it runs on.";
+    m.def(
+        "isa",
+        [] {
+            const char* error = nullptr;
+            const Isa isa = current_isa(&error);
+            if (error) throw std::runtime_error(error);
+            return std::string(isa_name(isa));
+        },
+        "The CPU instruction set in use (PEFTKERN_ISA forces one).");
+    m.def(
+        "isas",
+        [] {
+            std::map<std::string, bool> result;
+            for (int i = 0; i < kIsaCount; ++i)
+                result[isa_name(static_cast<Isa>(i))] = isa_supported(static_cast<Isa>(i));
+            return result;
+        },
+        "Each instruction set level and whether this CPU has it.");
+    m.def(
+        "nf4_codebook", [] { return std::vector<float>(kNf4Codebook, kNf4Codebook + 16); },
+        "The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E), ascending.");
+    m.def(
+        "build_info",
+        [] {
+            std::map<std::string, std::string> info;
+            info["compiler"] = __VERSION__;
+#ifdef PEFTKERN_EMULATE_AVX512
+            info["avx512"] = "emulated";
+#else
+            info["avx512"] = "native";
+#endif
+            return info;
+        },
+        "Compiler and build options.");
+}

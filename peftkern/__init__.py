@@ -1,0 +1,11 @@
+"""peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
+
+from peftkern.nf4 import NF4Weight
+from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.nf4_dequantize import nf4_dequantize
+from peftkern.ops.nf4_linear import nf4_linear
+from peftkern.ops.nf4_quantize import nf4_quantize
+
+__version__ = "0.1.0"
+
+__all__ = ["NF4Weight", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]

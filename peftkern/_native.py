@@ -1,0 +1,12 @@
+"""Loads the native ops into torch.ops.peftkern. Nothing else happens at import."""
+
+from pathlib import Path
+
+import torch
+
+from peftkern import _caps
+
+torch.ops.load_library(Path(__file__).parent / "_C.abi3.so")
+
+ops = torch.ops.peftkern
+caps = _caps

@@ -1,0 +1,56 @@
+"""Which implementation of an op runs: the `backend` argument, then PEFTKERN_BACKEND, then a written rule ("auto").
+
+A backend asked for by name runs or raises; only auto chooses. The rule for auto:
+
+- `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
+- `reference` (plain torch): everything else, which is float64 and devices without kernels.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """An implementation's name and why it was taken."""
+
+    implementation: str
+    reason: str
+
+
+def _requested(backend: str | None) -> tuple[str, str]:
+    if backend is not None:
+        return backend, f"backend={backend!r} was asked for"
+    from_environment = os.environ.get("PEFTKERN_BACKEND")
+    if from_environment:
+        return from_environment, f"PEFTKERN_BACKEND={from_environment} is set"
+    return "auto", ""
+
+
+def choose(op: str, x: torch.Tensor, backend: str | None = None) -> Choice:
+    """The implementation of `op` for input `x`.
+
+    Raises:
+        ValueError: the backend's name is unknown.
+        RuntimeError: the backend asked for cannot run this input.
+    """
+    name, why = _requested(backend)
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    runs_on_cpu = x.device.type == "cpu" and x.dtype in CPU_DTYPES
+    if name == "auto":
+        if runs_on_cpu:
+            return Choice("cpu", f"auto: x is {x.dtype} on the CPU")
+        return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
+    if name == "cpu" and not runs_on_cpu:
+        raise RuntimeError(
+            f"{op}: backend 'cpu' takes fp32, bf16 or fp16 on the CPU, got {x.dtype} on {x.device}; "
+            "use backend='reference' or move x"
+        )
+    if name in ("triton", "cuda"):
+        raise RuntimeError(f"{op}: backend {name!r} is not part of this build")
+    return Choice(name, why)

@@ -1,0 +1,82 @@
+"""What the linear ops share: argument checks, autocast and the weight as the native ops take it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.nf4 import NF4Weight
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Weight = Tensor | NF4Weight
+
+
+def autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and bias in autocast's dtype where autocast is on. Scales and adapters are never cast."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, bias
+
+
+def native_weight(weight: Weight) -> tuple[Any, ...]:
+    """(weight or codes, absmax, nested_absmax, nested_quant_map, offset, block_size): block_size 0 means dense."""
+    if isinstance(weight, NF4Weight):
+        return *weight.tensors, weight.block_size
+    return weight, None, None, None, None, 0
+
+
+def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, for references."""
+    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """What references compute in: float64 for float64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """`value` is a tensor of one of `dtypes` on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+    if value.device != device:
+        raise RuntimeError(f"{op}: {name} must be on x's device {device}, got {value.device}")
+
+
+def check_linear(op: str, x: Any, weight: Any, bias: Any) -> tuple[int, int]:
+    """Checks x [..., in], weight [out, in] and bias [out]; returns (out_features, in_features)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+    check_tensor(op, "x", x, FLOATING, x.device)
+    if isinstance(weight, NF4Weight):
+        if weight.device != x.device:
+            raise RuntimeError(f"{op}: weight must be on x's device {x.device}, got {weight.device}")
+    elif isinstance(weight, Tensor):
+        check_tensor(op, "weight", weight, FLOATING, x.device)
+    else:
+        raise TypeError(f"{op}: weight must be a Tensor or NF4Weight, got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight must have shape [out, in], got {list(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{op}: x must have shape [..., {in_features}] (weight's in), got {list(x.shape)}")
+    if bias is not None:
+        check_tensor(op, "bias", bias, FLOATING, x.device)
+        if bias.dim() != 1 or bias.shape[0] != out_features:
+            raise ValueError(f"{op}: bias must have shape [{out_features}] (weight's out), got {list(bias.shape)}")
+    return out_features, in_features
+
+
+def raise_double_backward(op: str) -> Any:
+    """A backward for a backward op: says that there is none."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op}: double backward is not implemented; use backend='reference' for second derivatives")
+
+    return backward

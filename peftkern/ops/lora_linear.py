@@ -1,0 +1,205 @@
+"""lora_linear: a linear layer with a low-rank adapter (LoRA, arXiv 2106.09685, equation 3; QLoRA on an NF4 weight).
+
+Formula, with x flattened to rows and d(x) = dropout(x):
+    h  = d(x) A^T                                     [rows, rank], fp32
+    y  = x W^T + scaling * h B^T + bias
+    dh = scaling * dy B            dA = dh^T d(x)     dB = scaling * dy^T h      dx = dy W + mask * (dh A)
+Saved for backward: x and h. The dropout mask is regenerated from the seed (`_dropout.py`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern import backends
+from peftkern._native import ops
+from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
+from peftkern.ops._linear import (
+    Weight,
+    accumulate_dtype,
+    autocast,
+    check_linear,
+    check_tensor,
+    dense_weight,
+    native_weight,
+    raise_double_backward,
+)
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` in plain torch, differentiable: fp32 (float64 for float64 x), rounded once. No seed: no dropout."""
+    compute = accumulate_dtype(x)
+    wide = x.to(compute)
+    dropped = wide
+    if seed is not None and dropout_p > 0:
+        mask = keep_mask(seed.to(x.device), x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
+        dropped = torch.where(mask, wide * keep_scale(dropout_p), 0)
+    base = F.linear(wide, dense_weight(weight, compute), None if bias is None else bias.to(compute))
+    delta = F.linear(F.linear(dropped, lora_a.to(compute)), lora_b.to(compute))
+    return (base + scaling * delta).to(x.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`x W^T + scaling * (dropout(x) A^T) B^T + bias` in one pass (LoRA, arXiv 2106.09685, equation 3).
+
+    Args:
+        x: [..., in], any leading shape and strides. fp32, bf16, fp16 on the kernels; float64 on the reference.
+        weight: dense [out, in] in any of these dtypes, or an NF4Weight (QLoRA).
+        lora_a: [rank, in], lora_b: [out, rank]: x's dtype or fp32, any rank.
+        scaling: a number or a 0-d tensor, read at every call (LoRA: alpha / rank).
+        bias: [out], optional.
+        dropout_p: probability of dropping an element of x on the low-rank path, used if `training`.
+        backend: "reference" or "cpu"; by default the fastest that runs.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, scaling, bias and a dense weight.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
+    """
+    out_features, _ = check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+    x, bias = autocast(x, bias)
+    seed = draw_seed() if training and dropout_p > 0 else None
+    if backends.choose("lora_linear", x, backend).implementation == "reference":
+        return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
+    if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
+        lora_b, scaling = lora_b.float() * scaling, 1.0
+    y, _ = ops.lora_linear(x, *native_weight(weight), out_features, lora_a, lora_b, scaling, bias, dropout_p, seed)
+    return y
+
+
+def check_lora(
+    op: str,
+    x: Any,
+    weight: Any,
+    lora_a: Any,
+    lora_b: Any,
+    scaling: Any,
+    bias: Any,
+    dropout_p: float,
+) -> tuple[int, int]:
+    """Checks every argument of a LoRA linear; returns (out_features, in_features)."""
+    out_features, in_features = check_linear(op, x, weight, bias)
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor(op, name, tensor, (x.dtype, torch.float32), x.device)
+    if lora_a.dim() != 2 or lora_a.shape[1] != in_features:
+        raise ValueError(f"{op}: lora_a must have shape [rank, {in_features}], got {list(lora_a.shape)}")
+    if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != lora_a.shape[0]:
+        wanted = f"[{out_features}, {lora_a.shape[0]}]"
+        raise ValueError(f"{op}: lora_b must have shape {wanted} (out, lora_a's rank), got {list(lora_b.shape)}")
+    if isinstance(scaling, Tensor) and scaling.dim() != 0:
+        raise ValueError(f"{op}: scaling must be a number or a 0-d tensor, got shape {list(scaling.shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
+    return out_features, in_features
+
+
+@torch.library.register_fake("peftkern::lora_linear")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    out_features: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    h = x.new_empty((x.shape[:-1].numel(), lora_a.shape[0]), dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], out_features)), h
+
+
+@torch.library.register_fake("peftkern::lora_linear_backward")
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = (0,)
+    return (
+        grad_y.new_empty(x.shape if need_x else empty),
+        lora_a.new_empty(lora_a.shape if need_a else empty),
+        lora_b.new_empty(lora_b.shape if need_b else empty),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, *weight, block_size, _, lora_a, lora_b, scaling, bias, dropout_p, seed = inputs
+    ctx.save_for_backward(x, output[1], *weight, lora_a, lora_b, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.scalars = block_size, scaling, dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, h, *weight, lora_a, lora_b, seed = ctx.saved_tensors
+    block_size, scaling, dropout_p = ctx.scalars
+    needs = ctx.needs_input_grad
+    need_x, need_weight, need_a, need_b, need_bias = needs[0], needs[1], needs[8], needs[9], needs[11]
+    grad_x = grad_weight = grad_a = grad_b = grad_bias = None
+    if need_x or need_a or need_b:
+        grad_x, grad_a, grad_b = ops.lora_linear_backward(
+            grad_y, x, h, *weight, block_size, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
+        )
+    rows = grad_y.reshape(-1, grad_y.shape[-1])
+    if need_weight:
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+    if need_bias:
+        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return (
+        grad_x if need_x else None,
+        grad_weight.to(weight[0].dtype) if grad_weight is not None else None,
+        *(None,) * 6,
+        grad_a if need_a else None,
+        grad_b if need_b else None,
+        None,
+        grad_bias,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("peftkern::lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("peftkern::lora_linear_backward", raise_double_backward("lora_linear"))
