@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
           "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
           "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
           "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
+    m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -1,0 +1,29 @@
+// Argument checks of the host functions: before any work, naming op, argument, what was wanted and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+namespace peftkern {
+
+inline std::string shape_text(const torch::stable::Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+}
+
+inline void check_dtype(const char* op, const char* name, const torch::stable::Tensor& tensor, bool right,
+                        const char* wanted) {
+    STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+    STD_TORCH_CHECK(right, op, ": ", name, " must be ", wanted, ", got ",
+                    torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_shape(const char* op, const char* name, const torch::stable::Tensor& tensor, bool right,
+                        const std::string& wanted) {
+    STD_TORCH_CHECK(right, op, ": ", name, " must have shape ", wanted, ", got ", shape_text(tensor));
+}
+
+}  // namespace peftkern

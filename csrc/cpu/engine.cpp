@@ -1,0 +1,218 @@
+#include "cpu/engine.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/isa.h"
+
+namespace peftkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const GemmKernels* const kLevels[kIsaCount] = {&peftkern_gemm_scalar, &peftkern_gemm_avx2, &peftkern_gemm_avx512,
+                                               &peftkern_gemm_avx512bf16};
+std::atomic<int64_t> tiles_run[kIsaCount];
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+bool is_floating(ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+Dtype dtype_of(ScalarType type) {
+    if (type == ScalarType::BFloat16) return Dtype::kBFloat16;
+    return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kFloat32;
+}
+
+// The stride between rows if all leading dimensions are one, -1 if they are not.
+int64_t row_stride(const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    if (t.size(last) > 1 && t.stride(last) != 1) return -1;
+    int64_t stride = -1, expected = 0;
+    for (int64_t i = last - 1; i >= 0; --i) {
+        if (t.size(i) == 1) continue;
+        if (stride < 0)
+            stride = t.stride(i);
+        else if (t.stride(i) != expected)
+            return -1;
+        expected = t.stride(i) * t.size(i);
+    }
+    return stride < 0 ? t.size(last) : stride;
+}
+
+Tensor matching(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t numel) {
+    check_dtype(op, name, tensor, tensor.scalar_type() == type, torch::headeronly::toString(type));
+    check_shape(op, name, tensor, tensor.numel() == numel, "of " + std::to_string(numel) + " elements");
+    return torch::stable::contiguous(tensor);
+}
+
+// Memory of this thread for one tile; grows, and lives as long as the thread.
+void* workspace(size_t bytes) {
+    thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        size = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 4096));
+        memory.reset(std::aligned_alloc(4096, size));
+    }
+    return memory.get();
+}
+
+std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
+    const int64_t row_tiles = divide_up(gemm.m, kTileRows), rows = round_up(divide_up(gemm.m, row_tiles), kTileRowStep);
+    int64_t column_tiles = divide_up(gemm.n, kTileColumns);
+    if (row_tiles % threads) column_tiles = round_up(column_tiles, threads);
+    const int64_t columns = round_up(divide_up(gemm.n, column_tiles), kTileColumnStep);
+    std::vector<Tile> tiles;
+    for (int64_t m = 0; m < gemm.m; m += rows)
+        for (int64_t n = 0; n < gemm.n; n += columns)
+            tiles.push_back({m, std::min(m + rows, gemm.m), n, std::min(n + columns, gemm.n)});
+    return tiles;
+}
+
+Contraction term(const Matrix& x, const Matrix& w, int64_t depth, bool transposed) {
+    Contraction c = {};
+    c.depth = depth;
+    c.x = x;
+    c.x_scale = 1;
+    c.weight = w;
+    c.weight_transposed = transposed;
+    return c;
+}
+
+Contraction term(const Matrix& x, const Weight& w, bool transposed) {
+    Contraction c = term(x, w.dense.matrix, transposed ? w.in_features : w.out_features, transposed);
+    if (w.is_nf4) c.nf4 = &w.nf4;
+    c.bf16_dot = x.dtype == Dtype::kBFloat16 && (w.is_nf4 || w.dense.matrix.dtype == Dtype::kBFloat16);
+    return c;
+}
+
+}  // namespace
+
+Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
+    check_dtype(op, name, tensor, is_floating(tensor.scalar_type()), "fp32, bf16 or fp16");
+    check_shape(op, name, tensor, tensor.dim() > 0, "[..., features]");
+    Rows rows{tensor, {}, 0, tensor.size(tensor.dim() - 1)};
+    rows.rows = 1;
+    for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows.rows *= tensor.size(i);
+    int64_t stride = row_stride(tensor);
+    if (stride < 0) {
+        rows.tensor = torch::stable::contiguous(tensor);
+        stride = rows.columns;
+    }
+    rows.matrix = {rows.tensor.const_data_ptr(), stride, dtype_of(tensor.scalar_type())};
+    return rows;
+}
+
+Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+                 const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
+                 int64_t out_features, int64_t in_features) {
+    Weight w = {};
+    w.out_features = out_features;
+    w.in_features = in_features;
+    const std::string shape = "[" + std::to_string(out_features) + ", " + std::to_string(in_features) + "]";
+    if (block_size == 0) {
+        check_shape(op, "weight", weight, weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features,
+                    shape);
+        w.dense = rows_of(op, "weight", weight);
+        return w;
+    }
+    STD_TORCH_CHECK(block_size >= 32 && block_size <= 4096 && !(block_size & (block_size - 1)), op,
+                    ": block_size must be a power of two from 32 to 4096, got ", block_size);
+    STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is missing");
+    const int64_t numel = out_features * in_features, blocks = divide_up(numel, block_size);
+    const bool nested = nested_absmax.has_value();
+    w.is_nf4 = true;
+    w.codes = matching(op, "codes", weight, ScalarType::Byte, divide_up(numel, 2));
+    w.absmax = matching(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
+    w.nf4 = {w.codes.const_data_ptr<uint8_t>(), w.absmax.const_data_ptr(), nullptr, nullptr, 0, block_size, in_features};
+    if (nested) {
+        STD_TORCH_CHECK(nested_quant_map.has_value() && offset.has_value(), op,
+                        ": a nested absmax needs nested_quant_map and offset");
+        w.nested_absmax = matching(op, "nested_absmax", *nested_absmax, ScalarType::Float, divide_up(blocks, 256));
+        w.nested_quant_map = matching(op, "nested_quant_map", *nested_quant_map, ScalarType::Float, 256);
+        w.nf4.nested_absmax = w.nested_absmax.const_data_ptr<float>();
+        w.nf4.nested_quant_map = w.nested_quant_map.const_data_ptr<float>();
+        w.nf4.offset = *matching(op, "offset", *offset, ScalarType::Float, 1).const_data_ptr<float>();
+    }
+    return w;
+}
+
+Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be from 0 to 1, got ", dropout_p);
+    if (!seed.has_value()) return {0, 0, 1.0f};
+    const Tensor value = matching(op, "seed", *seed, ScalarType::Long, 1);
+    const auto dropped = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
+    const float keep_scale = dropped < 65536 ? static_cast<float>(65536.0 / (65536.0 - dropped)) : 0.0f;
+    return {static_cast<uint64_t>(*value.const_data_ptr<int64_t>()), dropped, keep_scale};
+}
+
+Contraction times_transposed(const Matrix& x, const Matrix& w, int64_t depth) { return term(x, w, depth, true); }
+Contraction times_transposed(const Matrix& x, const Weight& w) { return term(x, w, true); }
+Contraction times(const Matrix& x, const Matrix& w, int64_t depth) { return term(x, w, depth, false); }
+Contraction times(const Matrix& x, const Weight& w) { return term(x, w, false); }
+
+Tensor bias_of(const char* op, const OptionalTensor& bias, int64_t out_features) {
+    if (!bias.has_value()) return Tensor();
+    check_dtype(op, "bias", *bias, is_floating(bias->scalar_type()), "fp32, bf16 or fp16");
+    check_shape(op, "bias", *bias, bias->dim() == 1 && bias->size(0) == out_features,
+                "[" + std::to_string(out_features) + "]");
+    return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+}
+
+Gemm gemm_into(const Tensor& out, int64_t m, int64_t n) {
+    Gemm gemm = {};
+    gemm.m = m;
+    gemm.n = n;
+    gemm.out = out.mutable_data_ptr();
+    gemm.out_stride = n;
+    gemm.out_dtype = dtype_of(out.scalar_type());
+    return gemm;
+}
+
+void add(Gemm& gemm, const Contraction& contraction) { gemm.contractions[gemm.contraction_count++] = contraction; }
+
+void run(const char* op, const Gemm& gemm) {
+    const char* error = nullptr;
+    const Isa isa = current_isa(&error);
+    STD_TORCH_CHECK(!error, op, ": ", error);
+    if (gemm.m == 0 || gemm.n == 0) return;
+    const GemmKernels& kernels = *kLevels[static_cast<int>(isa)];
+    const std::vector<Tile> tiles = tiles_of(gemm, torch::stable::get_num_threads());
+    const size_t bytes = kernels.workspace_bytes(&gemm);
+    torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+        void* memory = workspace(bytes);
+        for (int64_t i = begin; i < end; ++i) kernels.run(&gemm, &tiles[static_cast<size_t>(i)], memory);
+    });
+    tiles_run[static_cast<int>(isa)] += static_cast<int64_t>(tiles.size());
+}
+
+Tensor empty_with_columns(const Tensor& like, int64_t columns) {
+    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    sizes.back() = columns;
+    return torch::stable::new_empty(like, sizes);
+}
+
+// How many tiles the level `isa` has run in this process: what tests prove a level's use with.
+int64_t cpu_tiles_run(std::string isa) {
+    for (int i = 0; i < kIsaCount; ++i)
+        if (isa == isa_name(static_cast<Isa>(i))) return tiles_run[i];
+    STD_TORCH_CHECK(false, "cpu_tiles_run: unknown level ", isa);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
+    m.impl("cpu_tiles_run", TORCH_BOX(&cpu_tiles_run));
+}
+
+}  // namespace peftkern

@@ -1,0 +1,56 @@
+// Tensors to the GEMM engine: views, checks, tiles, threads. What every linear op's host function is written in.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "cpu/gemm.h"
+
+namespace peftkern {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A floating-point tensor [..., columns] as a matrix; a copy is made only where no row stride describes it.
+struct Rows {
+    Tensor tensor;  // owns the memory
+    Matrix matrix;
+    int64_t rows, columns;
+};
+Rows rows_of(const char* op, const char* name, const Tensor& tensor);
+
+// A weight [out, in]: NF4 bytes, or dense where block_size is 0.
+struct Weight {
+    Rows dense;
+    Tensor codes, absmax, nested_absmax, nested_quant_map;
+    Nf4 nf4;
+    bool is_nf4;
+    int64_t out_features, in_features;
+};
+Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+                 const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
+                 int64_t out_features, int64_t in_features);
+
+// The mask of dropout_p under `seed`; nothing is dropped without a seed.
+Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed);
+
+// X [m, depth] @ W^T with an [n, depth] matrix or weight, and X @ W with a [depth, n] one.
+Contraction times_transposed(const Matrix& x, const Matrix& w, int64_t depth);
+Contraction times_transposed(const Matrix& x, const Weight& w);
+Contraction times(const Matrix& x, const Matrix& w, int64_t depth);
+Contraction times(const Matrix& x, const Weight& w);
+
+// A bias in fp32, or an empty tensor.
+Tensor bias_of(const char* op, const OptionalTensor& bias, int64_t out_features);
+
+// A gemm with this output [m, n] and no contraction yet.
+Gemm gemm_into(const Tensor& out, int64_t m, int64_t n);
+void add(Gemm& gemm, const Contraction& contraction);
+
+// Computes it on torch's threads, at the level in use. Levels without bf16 dot products compute in fp32.
+void run(const char* op, const Gemm& gemm);
+
+Tensor empty_with_columns(const Tensor& like, int64_t columns);
+
+}  // namespace peftkern

@@ -1,0 +1,90 @@
+// The one CPU GEMM engine. Every linear op is a sum of contractions into one fp32 tile, then an epilogue:
+//     out = epilogue(sum over contractions of X_i @ W_i),   e.g. lora_linear: x @ W^T + (scaling * h) @ B^T + bias.
+// Plain structs only: the instruction-set files include this header and nothing of torch or of the standard library.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace peftkern {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+// A row-major matrix whose last dimension is dense; `stride` counts elements between rows.
+struct Matrix {
+    const void* data;
+    int64_t stride;
+    Dtype dtype;
+};
+
+// Drops elements of a [rows, columns] matrix by the Philox mask of peftkern/ops/_dropout.py.
+struct Dropout {
+    uint64_t seed;
+    uint32_t threshold;  // of 65536; 0: no dropout
+    float keep_scale;
+};
+
+// The NF4 bytes of a row-major [rows, columns] matrix. absmax is fp32, or bytes when nested_absmax is not null.
+struct Nf4 {
+    const uint8_t* codes;
+    const void* absmax;
+    const float* nested_absmax;
+    const float* nested_quant_map;
+    float offset;
+    int64_t block_size;
+    int64_t columns;
+};
+
+// One term X [m, depth] @ W [depth, n].
+struct Contraction {
+    int64_t depth;
+    Matrix x;           // [m, depth], or [depth, m] when x_transposed
+    bool x_transposed;
+    float x_scale;
+    Dropout x_dropout;
+    const Nf4* nf4;     // the weight's bytes, or null when `weight` holds it
+    Matrix weight;
+    bool weight_transposed;  // stored [n, depth] (as nn.Linear does), else [depth, n]
+    Dropout weight_dropout;  // only with a dense weight stored [depth, n]
+    bool bf16_dot;      // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
+    Dropout result_dropout;  // applied to the tile after this term
+};
+
+constexpr int kMaxContractions = 2;
+
+struct Gemm {
+    int64_t m, n;
+    int contraction_count;
+    Contraction contractions[kMaxContractions];
+    void* out;          // [m, n] or, when out_transposed, [n, m]
+    int64_t out_stride;
+    Dtype out_dtype;
+    bool out_transposed;
+    const float* column_scale;  // [n] or null: multiplies the sum, before the bias
+    const float* bias;          // [n] or null
+};
+
+// The part of a Gemm one call computes. The result does not depend on how a Gemm is cut into tiles.
+struct Tile {
+    int64_t m_begin, m_end, n_begin, n_end;
+};
+
+// How a Gemm is cut: a tile has at most kTileRows x kTileColumns elements, so that the accumulator (0.5 MiB), the packed
+// rows and the decoded stripe stay in L2.
+constexpr int64_t kTileRows = 258;
+constexpr int64_t kTileColumns = 512;
+// Tiles end at whole micro-tiles of every level, and at whole Philox calls of 8 columns.
+constexpr int64_t kTileRowStep = 6;
+constexpr int64_t kTileColumnStep = 64;
+
+// Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
+struct GemmKernels {
+    void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
+    size_t (*workspace_bytes)(const Gemm* gemm);
+};
+
+extern "C" {
+extern const GemmKernels peftkern_gemm_scalar, peftkern_gemm_avx2, peftkern_gemm_avx512, peftkern_gemm_avx512bf16;
+}
+
+}  // namespace peftkern

@@ -1,0 +1,130 @@
+// lora_linear on the CPU: the low-rank path is one more contraction of the same tile. Formula and reference:
+// peftkern/ops/lora_linear.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/check.h"
+#include "cpu/engine.h"
+
+namespace peftkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+struct Adapter {
+    Rows a, b;
+    int64_t rank;
+};
+
+Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, int64_t out_features, int64_t in_features) {
+    check_shape(op, "lora_a", lora_a, lora_a.dim() == 2 && lora_a.size(1) == in_features,
+                "[rank, " + std::to_string(in_features) + "]");
+    const int64_t rank = lora_a.size(0);
+    check_shape(op, "lora_b", lora_b, lora_b.dim() == 2 && lora_b.size(0) == out_features && lora_b.size(1) == rank,
+                "[" + std::to_string(out_features) + ", " + std::to_string(rank) + "]");
+    return {rows_of(op, "lora_a", lora_a), rows_of(op, "lora_b", lora_b), rank};
+}
+
+Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns) {
+    return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
+                                       OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
+                                       int64_t out_features, Tensor lora_a, Tensor lora_b, double scaling,
+                                       OptionalTensor bias, double dropout_p, OptionalTensor seed) {
+    const char* op = "lora_linear";
+    const Rows rows = rows_of(op, "x", x);
+    const Weight base = weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features,
+                                  rows.columns);
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, rows.columns);
+    const Tensor wide_bias = bias_of(op, bias, out_features);
+    const Dropout dropout = dropout_of(op, dropout_p, seed);
+
+    Tensor h = empty_fp32(x, rows.rows, adapter.rank);
+    Gemm down = gemm_into(h, rows.rows, adapter.rank);
+    add(down, times_transposed(rows.matrix, adapter.a.matrix, rows.columns));
+    down.contractions[0].x_dropout = dropout;
+    run(op, down);
+
+    Tensor y = empty_with_columns(x, out_features);
+    Gemm gemm = gemm_into(y, rows.rows, out_features);
+    const Matrix low_rank = {h.const_data_ptr(), adapter.rank, Dtype::kFloat32};
+    add(gemm, times_transposed(low_rank, adapter.b.matrix, adapter.rank));
+    gemm.contractions[0].x_scale = static_cast<float>(scaling);
+    add(gemm, times_transposed(rows.matrix, base));
+    if (wide_bias.defined()) gemm.bias = wide_bias.const_data_ptr<float>();
+    run(op, gemm);
+    return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight,
+                                                        OptionalTensor absmax, OptionalTensor nested_absmax,
+                                                        OptionalTensor nested_quant_map, OptionalTensor offset,
+                                                        int64_t block_size, Tensor lora_a, Tensor lora_b,
+                                                        double scaling, double dropout_p, OptionalTensor seed,
+                                                        bool need_x, bool need_a, bool need_b) {
+    const char* op = "lora_linear_backward";
+    const Rows dy = rows_of(op, "grad_y", grad_y), rows = rows_of(op, "x", x), low_rank = rows_of(op, "h", h);
+    const Weight base = weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns,
+                                  rows.columns);
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, dy.columns, rows.columns);
+    const Dropout dropout = dropout_of(op, dropout_p, seed);
+    check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");
+    check_shape(op, "h", h, low_rank.rows == dy.rows && low_rank.columns == adapter.rank, "[rows, rank]");
+    const auto s = static_cast<float>(scaling);
+
+    Tensor dh;
+    Matrix dh_matrix = {};
+    if (need_x || need_a) {
+        dh = empty_fp32(x, dy.rows, adapter.rank);
+        dh_matrix = {dh.const_data_ptr(), adapter.rank, Dtype::kFloat32};
+        Gemm gemm = gemm_into(dh, dy.rows, adapter.rank);
+        add(gemm, times(dy.matrix, adapter.b.matrix, dy.columns));
+        gemm.contractions[0].x_scale = s;
+        run(op, gemm);
+    }
+
+    Tensor grad_x = need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type())
+                           : torch::stable::new_empty(grad_y, {0});
+    if (need_x) {
+        Gemm gemm = gemm_into(grad_x, dy.rows, rows.columns);
+        add(gemm, times(dh_matrix, adapter.a.matrix, adapter.rank));
+        gemm.contractions[0].result_dropout = dropout;
+        add(gemm, times(dy.matrix, base));
+        run(op, gemm);
+    }
+
+    Tensor grad_a = need_a ? torch::stable::new_empty(lora_a, lora_a.sizes()) : torch::stable::new_empty(lora_a, {0});
+    if (need_a) {
+        Gemm gemm = gemm_into(grad_a, adapter.rank, rows.columns);
+        add(gemm, times(dh_matrix, rows.matrix, rows.rows));
+        gemm.contractions[0].x_transposed = true;
+        gemm.contractions[0].weight_dropout = dropout;
+        run(op, gemm);
+    }
+
+    // dB^T = (scaling * h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
+    Tensor grad_b = need_b ? torch::stable::new_empty(lora_b, lora_b.sizes()) : torch::stable::new_empty(lora_b, {0});
+    if (need_b) {
+        Gemm gemm = gemm_into(grad_b, adapter.rank, dy.columns);
+        add(gemm, times(low_rank.matrix, dy.matrix, dy.rows));
+        gemm.contractions[0].x_transposed = true;
+        gemm.contractions[0].x_scale = s;
+        gemm.out_transposed = true;
+        gemm.out_stride = adapter.rank;
+        run(op, gemm);
+    }
+    return {grad_x, grad_a, grad_b};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+    m.impl("lora_linear", TORCH_BOX(&lora_linear));
+    m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}
+
+}  // namespace peftkern
