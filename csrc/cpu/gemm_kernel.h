@@ -25,6 +25,8 @@ struct Workspace {
     float* accumulator;
     uint32_t* rows;
     uint32_t* stripe;
+    uint8_t* staged_codes;
+    float* staged_scales;
 
     static constexpr size_t kAccumulatorBytes = sizeof(float) * kTileRows * kAccumulatorStride;
     static constexpr size_t kRowsBytes = sizeof(uint32_t) * kTileRows * kPackedStride;
@@ -33,10 +35,14 @@ struct Workspace {
     explicit Workspace(void* memory) {
         auto* p = static_cast<uint8_t*>(memory);
         accumulator = reinterpret_cast<float*>(p);
-        rows = reinterpret_cast<uint32_t*>(p + kAccumulatorBytes);
-        stripe = reinterpret_cast<uint32_t*>(p + kAccumulatorBytes + kRowsBytes);
+        rows = reinterpret_cast<uint32_t*>(p += kAccumulatorBytes);
+        stripe = reinterpret_cast<uint32_t*>(p += kRowsBytes);
+        staged_codes = p += kStripeBytes;
+        staged_scales = reinterpret_cast<float*>(p += kStagedCodesBytes);
     }
-    static size_t bytes(const Gemm*) { return kAccumulatorBytes + kRowsBytes + kStripeBytes; }
+    static size_t bytes(const Gemm*) {
+        return kAccumulatorBytes + kRowsBytes + kStripeBytes + kStagedCodesBytes + kStagedScalesBytes;
+    }
 };
 
 // c [R, V * lanes] += x [R, words] @ w [words, V * lanes]
@@ -91,13 +97,17 @@ template <class Dot>
 void contract(const Contraction& c, const Tile& tile, const Workspace& workspace) {
     const int64_t rows = tile.m_end - tile.m_begin;
     constexpr int64_t kStripeColumns = Simd::kVectors * Simd::kLanes;
+    static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
+    StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
     for (int64_t k = 0; k < c.depth; k += kChunkWords * Dot::kDepth) {
         const int64_t depth = smaller(kChunkWords * Dot::kDepth, c.depth - k), words = divide_up(depth, Dot::kDepth);
         for (int64_t m = 0; m < rows; ++m) Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
+        if (c.nf4 && !c.weight_transposed && aligned(*c.nf4))
+            staged.fill(*c.nf4, k, depth, tile.n_begin, tile.n_end - tile.n_begin);
         for (int64_t n = tile.n_begin; n < tile.n_end; n += kStripeColumns) {
             const int64_t columns = smaller(kStripeColumns, tile.n_end - n);
             const int vectors = static_cast<int>(divide_up(columns, Simd::kLanes));
-            Dot::pack_stripe(c, k, depth, n, columns, vectors, workspace.stripe);
+            Dot::pack_stripe(c, staged, k, depth, n, columns, vectors, workspace.stripe);
             float* accumulator = workspace.accumulator + (n - tile.n_begin);
             multiply_stripe<Dot>(vectors, rows, workspace.rows, workspace.stripe, words, accumulator);
         }

@@ -26,14 +26,14 @@ struct Bf16Dot {
         memcpy(words, element_at(c.x, row, depth_begin), static_cast<size_t>(2 * depth));
     }
 
-    static void pack_stripe(const Contraction& c, int64_t depth_begin, int64_t depth, int64_t column_begin,
-                            int64_t columns, int vectors, uint32_t* panel) {
+    static void pack_stripe(const Contraction& c, const StagedCodes& staged, int64_t depth_begin, int64_t depth,
+                            int64_t column_begin, int64_t columns, int vectors, uint32_t* panel) {
         if (c.nf4 && !aligned(*c.nf4)) {
             nf4_unaligned(c, depth_begin, depth, column_begin, columns, vectors, panel);
         } else if (c.nf4 && c.weight_transposed) {
             nf4_transposed(*c.nf4, depth_begin, depth, column_begin, columns, vectors, panel);
         } else if (c.nf4) {
-            nf4_rows(*c.nf4, depth_begin, depth, column_begin, vectors, panel);
+            nf4_rows(staged, depth, column_begin, vectors, panel);
         } else if (c.weight_transposed) {
             dense_transposed(c.weight, depth_begin, depth, column_begin, columns, vectors, panel);
         } else {
@@ -53,52 +53,57 @@ private:
         const __m512i first8 = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
         const __m512i last8 = _mm512_add_epi32(first8, _mm512_set1_epi32(8));
         const __m512i shifts = _mm512_set1_epi64(4);  // the high nibble, then the low one
-        for (int v = 0; v < vectors; ++v)
-            Fp32Dot::nf4_words(
-                q, depth_begin, depth, column_begin + v * 16, columns - v * 16,
-                [&](int64_t k, __m512i codes, __m512 scale) {
-                    const __m512i a = _mm512_permutexvar_epi32(first8, codes);
-                    const __m512i b = _mm512_permutexvar_epi32(last8, codes);
-                    const __m512 scale_a = _mm512_permutexvar_ps(first8, scale);
-                    const __m512 scale_b = _mm512_permutexvar_ps(last8, scale);
-                    uint32_t* p = panel + (k / 2 * vectors + v) * 16;
+        const int64_t step = vectors * 16;
+        for (int64_t block = 0; block < depth; block += 128)
+            for (int v = 0; v < vectors; ++v) {
+                uint32_t* target = panel + block / 2 * step + v * 16;
+                Fp32Dot::nf4_words<2>(
+                    q, depth_begin + block, smaller(128, depth - block), column_begin + v * 16, columns - v * 16,
+                    [&](int64_t k, __m512i codes, const float* scales) {
+                        const __m512i a = _mm512_permutexvar_epi32(first8, codes);
+                        const __m512i b = _mm512_permutexvar_epi32(last8, codes);
+                        const __m512 scale_a = _mm512_load_ps(scales), scale_b = _mm512_load_ps(scales + 16);
+                        uint32_t* p = target + k / 2 * step;
 #pragma GCC unroll 4
-                    for (int pair = 0; pair < 4; ++pair, p += vectors * 16) {
-                        const __m512i shift = _mm512_add_epi32(shifts, _mm512_set1_epi32(8 * pair));
-                        const __m512 w_a = Simd::lookup(table, _mm512_srlv_epi32(a, shift)) * scale_a;
-                        const __m512 w_b = Simd::lookup(table, _mm512_srlv_epi32(b, shift)) * scale_b;
-                        _mm512_store_si512(p, round_pairs(w_a, w_b));
-                    }
-                });
+                        for (int pair = 0; pair < 4; ++pair, p += step) {
+                            const __m512i shift = _mm512_add_epi32(shifts, _mm512_set1_epi32(8 * pair));
+                            const __m512 w_a = Simd::lookup(table, _mm512_srlv_epi32(a, shift)) * scale_a;
+                            const __m512 w_b = Simd::lookup(table, _mm512_srlv_epi32(b, shift)) * scale_b;
+                            _mm512_store_si512(p, round_pairs(w_a, w_b));
+                        }
+                    });
+            }
     }
 
-    static void nf4_rows(const Nf4& q, int64_t depth_begin, int64_t depth, int64_t column_begin, int vectors,
-                         uint32_t* panel) {
-        const __m512 table = Simd::nf4_table();
-        const __m512i shifts = _mm512_setr_epi32(4, 4, 0, 0, 12, 12, 8, 8, 20, 20, 16, 16, 28, 28, 24, 24);
-        const int shift = block_shift(q);
+    // Two rows share a table of 32 rounded weights, 16 codes x their two scales, remade where a scale changes. One
+    // 16-bit look-up then gives 16 columns x 2 rows.
+    static void nf4_rows(const StagedCodes& staged, int64_t depth, int64_t column, int vectors, uint32_t* panel) {
+        const __m512 codebook = Simd::nf4_table();
+        // Of 8 bytes of both rows in each 128-bit lane: column c's byte of the first row in word 2c, of the second in 2c + 1.
+        const __m512i bytes = _mm512_add_epi8(
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 8, 8, 0, 0, 8, 8, 1, 1, 9, 9, 1, 1, 9, 9)),
+            _mm512_setr_epi64(0, 0, 0x0202020202020202, 0x0202020202020202, 0x0404040404040404, 0x0404040404040404,
+                              0x0606060606060606, 0x0606060606060606));
+        const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);  // even columns: the high nibble
+        const __m512i low = _mm512_set1_epi32(0x000f000f), second = _mm512_set1_epi32(0x00100000);
+        const int vectors_per_run = 1 << (staged.run_shift - 4);
         for (int64_t k = 0; k < depth; k += 2) {
-            const int64_t e0 = (depth_begin + k) * q.columns + column_begin;
-            const bool pair = k + 1 < depth;
-            const int64_t e1 = pair ? e0 + q.columns : e0;
-            int64_t last0 = -1, last1 = -1;
-            float scales[2] = {0, 0};
+            const uint8_t* codes = staged.codes_at(k, column);
+            const float* scales = staged.scales_at(k, column);
+            __m512i table = _mm512_setzero_si512();
             for (int v = 0; v < vectors; ++v, panel += 16) {
-                const int64_t block0 = (e0 + v * 16) >> shift, block1 = (e1 + v * 16) >> shift;
-                if (block0 != last0) scales[0] = block_absmax(q, last0 = block0);
-                if (block1 != last1) scales[1] = pair ? block_absmax(q, last1 = block1) : 0.0f;
-                // 8 columns of both rows in one 64-bit word: lanes alternate between the rows once broadcast.
-                uint32_t words0[2], words1[2];
-                memcpy(words0, q.codes + ((e0 + v * 16) >> 1), 8);
-                memcpy(words1, q.codes + ((e1 + v * 16) >> 1), 8);
-                const __m512i a = _mm512_set1_epi64(static_cast<long long>(words0[0] | uint64_t{words1[0]} << 32));
-                const __m512i b = _mm512_set1_epi64(static_cast<long long>(words0[1] | uint64_t{words1[1]} << 32));
-                long long both;
-                memcpy(&both, scales, 8);
-                const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi64(both));
-                const __m512 w_a = Simd::lookup(table, _mm512_srlv_epi32(a, shifts)) * scale;
-                const __m512 w_b = Simd::lookup(table, _mm512_srlv_epi32(b, shifts)) * scale;
-                _mm512_store_si512(panel, round_pairs(w_a, w_b));
+                if ((v & (vectors_per_run - 1)) == 0) {
+                    const float* scale = scales + (v * 16 >> staged.run_shift);
+                    table = round_pairs(codebook * _mm512_set1_ps(scale[0]),
+                                        codebook * _mm512_set1_ps(scale[staged.scales_pitch]));
+                }
+                long long codes0, codes1;
+                memcpy(&codes0, codes + v * 8, 8);
+                memcpy(&codes1, codes + v * 8 + kStagedCodesPitch, 8);
+                const __m512i both = _mm512_mask_set1_epi64(_mm512_set1_epi64(codes0), 0xaa, codes1);
+                const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(both, bytes), shifts);
+                const __m512i select = _mm512_ternarylogic_epi32(index, low, second, 0xea);  // index & low | second
+                _mm512_store_si512(panel, _mm512_permutexvar_epi16(select, table));
             }
         }
     }
@@ -122,23 +127,20 @@ private:
 
     static void dense_transposed(const Matrix& w, int64_t depth_begin, int64_t depth, int64_t column_begin,
                                  int64_t columns, int vectors, uint32_t* panel) {
-        alignas(64) static const uint8_t zeros[64] = {};
         alignas(64) uint8_t padded[16][64];
-        const uint8_t* rows[16];
         __m512i words[16];
         for (int v = 0; v < vectors; ++v)
             for (int64_t k = 0; k < depth; k += 32) {
-                const int64_t count = smaller(32, depth - k);
-                for (int i = 0; i < 16; ++i) {
-                    const bool any = v * 16 + i < columns;
-                    rows[i] = any ? element_at(w, column_begin + v * 16 + i, depth_begin + k) : zeros;
-                    if (any && count < 32) {
-                        memset(padded[i], 0, sizeof padded[i]);
-                        memcpy(padded[i], rows[i], static_cast<size_t>(2 * count));
-                        rows[i] = padded[i];
-                    }
+                const int64_t count = smaller(32, depth - k), rows = smaller(16, columns - v * 16);
+                const uint8_t* block = element_at(w, column_begin + v * 16, depth_begin + k);
+                if (rows == 16 && count == 32) {
+                    Simd::transpose_words(block, 2 * w.stride, words);
+                } else {
+                    memset(padded, 0, sizeof padded);
+                    for (int64_t i = 0; i < rows; ++i)
+                        memcpy(padded[i], block + i * 2 * w.stride, static_cast<size_t>(2 * count));
+                    Simd::transpose_words(padded[0], sizeof padded[0], words);
                 }
-                Simd::transpose_words(rows, words);
                 for (int64_t j = 0; j < divide_up(count, 2); ++j)
                     _mm512_store_si512(panel + ((k / 2 + j) * vectors + v) * 16, words[j]);
             }

@@ -71,8 +71,8 @@ struct Fp32Dot {
 
     // A stripe of W: `columns` columns from column_begin as [depth][vectors * lanes] words, zeros in the last vector's
     // overhang.
-    static void pack_stripe(const Contraction& c, int64_t depth_begin, int64_t depth, int64_t column_begin,
-                            int64_t columns, int vectors, uint32_t* panel) {
+    static void pack_stripe(const Contraction& c, const StagedCodes& staged, int64_t depth_begin, int64_t depth,
+                            int64_t column_begin, int64_t columns, int vectors, uint32_t* panel) {
         float* out = reinterpret_cast<float*>(panel);
         const int64_t width = vectors * Simd::kLanes;
         if (c.nf4 && !aligned(*c.nf4)) {
@@ -80,7 +80,7 @@ struct Fp32Dot {
         } else if (c.nf4 && c.weight_transposed) {
             nf4_transposed(*c.nf4, depth_begin, depth, column_begin, columns, vectors, out);
         } else if (c.nf4) {
-            nf4_rows(*c.nf4, depth_begin, depth, column_begin, vectors, out);
+            nf4_rows(staged, depth, column_begin, vectors, out);
         } else if (c.weight_transposed) {
             dense_transposed(c.weight, depth_begin, depth, column_begin, columns, vectors, out);
         } else {
@@ -104,9 +104,7 @@ private:
                                  int64_t columns, int vectors, float* out) {
         constexpr int L = Simd::kLanes;
         alignas(64) float block[L][L];
-        const uint8_t* rows[L];
         Simd::I words[L];
-        for (int i = 0; i < L; ++i) rows[i] = reinterpret_cast<const uint8_t*>(block[i]);
         for (int v = 0; v < vectors; ++v)
             for (int64_t k = 0; k < depth; k += L) {
                 for (int i = 0; i < L; ++i) {
@@ -114,7 +112,7 @@ private:
                     const uint8_t* p = any ? element_at(w, column_begin + v * L + i, depth_begin + k) : nullptr;
                     Simd::store(block[i], any ? load_elements(p, w.dtype, depth - k) : Simd::zero());
                 }
-                Simd::transpose_words(rows, words);
+                Simd::transpose_words(reinterpret_cast<const uint8_t*>(block), sizeof block[0], words);
                 const int64_t n = smaller(L, depth - k);
                 for (int64_t j = 0; j < n; ++j)
                     Simd::store_words(reinterpret_cast<uint32_t*>(out + ((k + j) * vectors + v) * L), words[j]);
@@ -123,32 +121,32 @@ private:
 
     static void nf4_transposed(const Nf4& q, int64_t depth_begin, int64_t depth, int64_t column_begin, int64_t columns,
                                int vectors, float* out) {
-        const Simd::Table table = Simd::nf4_table();
-        for (int v = 0; v < vectors; ++v)
-            nf4_words(q, depth_begin, depth, column_begin + v * Simd::kLanes, columns - v * Simd::kLanes,
-                      [&](int64_t k, Simd::I codes, Simd::F scale) {
-                          float* p = out + (k * vectors + v) * Simd::kLanes;
-                          const int64_t step = vectors * Simd::kLanes;
-#pragma GCC unroll 8
-                          for (int e = 0; e < 8; ++e, p += step)
-                              Simd::store(p, Simd::lookup(table, Simd::srl(codes, nibble_shift(e))) * scale);
-                      });
-    }
-
-    static void nf4_rows(const Nf4& q, int64_t depth_begin, int64_t depth, int64_t column_begin, int vectors,
-                         float* out) {
         constexpr int L = Simd::kLanes;
         const Simd::Table table = Simd::nf4_table();
-        const int shift = block_shift(q);
+        const int64_t step = vectors * L;
+        for (int64_t block = 0; block < depth; block += 8 * L)
+            for (int v = 0; v < vectors; ++v) {
+                float* target = out + block * step + v * L;
+                nf4_words<1>(q, depth_begin + block, smaller(8 * L, depth - block), column_begin + v * L, columns - v * L,
+                             [&](int64_t k, Simd::I codes, const float* scales) {
+                                 float* p = target + k * step;
+                                 const Simd::F scale = Simd::load(scales);
+#pragma GCC unroll 8
+                                 for (int e = 0; e < 8; ++e, p += step)
+                                     Simd::store(p, Simd::lookup(table, Simd::srl(codes, nibble_shift(e))) * scale);
+                             });
+            }
+    }
+
+    static void nf4_rows(const StagedCodes& staged, int64_t depth, int64_t column, int vectors, float* out) {
+        constexpr int L = Simd::kLanes;
+        const Simd::Table table = Simd::nf4_table();
         for (int64_t k = 0; k < depth; ++k) {
-            const int64_t e = (depth_begin + k) * q.columns + column_begin;
-            int64_t last = -1;
-            float scale = 0;
+            const uint8_t* codes = staged.codes_at(k, column);
+            const float* scales = staged.scales_at(k, column);
             for (int v = 0; v < vectors; ++v, out += L) {
-                const int64_t block = (e + v * L) >> shift;
-                if (block != last) scale = block_absmax(q, last = block);
-                const Simd::I codes = Simd::row_codes(q.codes + ((e + v * L) >> 1));
-                Simd::store(out, Simd::lookup(table, codes) * Simd::set1(scale));
+                const Simd::F scale = Simd::set1(scales[(v * L) >> staged.run_shift]);
+                Simd::store(out, Simd::lookup(table, Simd::row_codes(codes + v * L / 2)) * scale);
             }
         }
     }
@@ -164,37 +162,36 @@ private:
     }
 
 public:
-    // Calls use(k, codes, scale) for each word of 8 codes along the depth of one vector of rows of q (columns of the
-    // stripe): lane c has row row_begin + c, its codes at nibble_shift(0..7), k counts from depth_begin. Lanes beyond
-    // `rows` have scale 0.
-    template <class Use>
+    // Reads one vector of rows of q (columns of the stripe) x `depth` <= 8 * lanes codes. Calls use(k, codes, scales) for
+    // each word of 8 codes: lane c has row row_begin + c, its codes at nibble_shift(0..7), k counts from depth_begin.
+    // `scales` points at each lane's scale, each repeated kRepeat times; 0 in lanes beyond `rows`.
+    template <int kRepeat, class Use>
     static void nf4_words(const Nf4& q, int64_t depth_begin, int64_t depth, int64_t row_begin, int64_t rows, Use use) {
         constexpr int L = Simd::kLanes;
-        constexpr int64_t kMostGranules = 512 / kAlignedColumns;
-        alignas(64) float scales[kMostGranules][L];
+        alignas(64) float scales[8 * L / kAlignedColumns][L * kRepeat];
         alignas(64) uint8_t padded[L][4 * L];
-        const uint8_t* pointers[L];
         Simd::I words[L];
-        const int64_t run = granule(q, 512), granules = divide_up(depth, run);
+        const int64_t run = granule(q, 8 * L), count = depth / 8;
         const int shift = block_shift(q), run_shift = __builtin_ctzll(static_cast<unsigned long long>(run));
-        for (int c = 0; c < L; ++c) {
-            const int64_t e = (row_begin + c) * q.columns + depth_begin;
-            for (int64_t i = 0; i < granules; ++i)
-                scales[i][c] = c < rows ? block_absmax(q, (e + (i << run_shift)) >> shift) : 0.0f;
-        }
-        for (int64_t k = 0; k < depth; k += 8 * L) {
-            const int64_t count = smaller(L, (depth - k) / 8);
+        const int64_t first = row_begin * q.columns + depth_begin;
+        for (int64_t i = 0; i << run_shift < depth; ++i)
             for (int c = 0; c < L; ++c) {
-                pointers[c] = q.codes + (((row_begin + (c < rows ? c : 0)) * q.columns + depth_begin + k) >> 1);
-                if (count < L) {
-                    memcpy(padded[c], pointers[c], static_cast<size_t>(4 * count));
-                    pointers[c] = padded[c];
-                }
+                const int64_t block = (first + c * q.columns + (i << run_shift)) >> shift;
+                const float scale = c < rows ? block_absmax(q, block) : 0.0f;
+                for (int r = 0; r < kRepeat; ++r) scales[i][c * kRepeat + r] = scale;
             }
-            Simd::transpose_words(pointers, words);
-            for (int64_t j = 0; j < count; ++j)
-                use(k + 8 * j, words[j], Simd::load(scales[(k + 8 * j) >> run_shift]));
+        const uint8_t* codes = q.codes + (first >> 1);
+        // The next stripe's codes: rows are far apart, which the hardware prefetchers do not follow.
+        for (int c = 0; c < L; ++c)
+            __builtin_prefetch(codes + (c + Simd::kVectors * L) * (q.columns >> 1), 0, 2);
+        if (rows >= L && count == L) {
+            Simd::transpose_words(codes, q.columns >> 1, words);
+        } else {
+            for (int64_t c = 0; c < smaller(rows, L); ++c)
+                memcpy(padded[c], codes + c * (q.columns >> 1), static_cast<size_t>(4 * count));
+            Simd::transpose_words(padded[0], sizeof padded[0], words);
         }
+        for (int64_t j = 0; j < count; ++j) use(8 * j, words[j], scales[(8 * j) >> run_shift]);
     }
 };
 

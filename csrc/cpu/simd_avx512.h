@@ -58,10 +58,10 @@ struct Simd {
         const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
         return _mm512_srlv_epi32(_mm512_permutexvar_epi32(second, _mm512_set1_epi64(words)), shift);
     }
-    // out[j] lane c = word j of rows[c]
-    static void transpose_words(const uint8_t* const* rows, I* out) {
+    // out[j] lane c = word j of row c, rows being `stride` bytes apart
+    static void transpose_words(const uint8_t* rows, int64_t stride, I* out) {
         __m512i r[16], t[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * stride);
         for (int i = 0; i < 8; ++i) {
             t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
             t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);

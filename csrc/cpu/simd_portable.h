@@ -100,11 +100,11 @@ struct Simd {
         for (int i = 0; i < kLanes; ++i) v[i] = p[i / 2] >> (i % 2 ? 0 : 4);
         return v;
     }
-    // out[j] lane c = word j of rows[c]
-    static void transpose_words(const uint8_t* const* rows, I* out) {
+    // out[j] lane c = word j of row c, rows being `stride` bytes apart
+    static void transpose_words(const uint8_t* rows, int64_t stride, I* out) {
         for (int c = 0; c < kLanes; ++c) {
             uint32_t words[kLanes];
-            memcpy(words, rows[c], sizeof words);
+            memcpy(words, rows + c * stride, sizeof words);
             for (int j = 0; j < kLanes; ++j) out[j][c] = words[j];
         }
     }
