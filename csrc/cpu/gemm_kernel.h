@@ -45,16 +45,29 @@ struct Workspace {
     }
 };
 
-// c [R, V * lanes] += x [R, words] @ w [words, V * lanes]
-template <class Dot, int R, int V>
-void multiply(const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
-    Simd::F acc[R][V];
+template <int R, int V>
+void load_tile(const float* c, Simd::F (&acc)[R][V]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] = Simd::load(c + r * kAccumulatorStride + v * Simd::kLanes);
+}
+
+template <int R, int V>
+void store_tile(float* c, const Simd::F (&acc)[R][V]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) Simd::store(c + r * kAccumulatorStride + v * Simd::kLanes, acc[r][v]);
+}
+
+// c [R, V * lanes] += x [R, words] @ w [words, V * lanes]
+template <class Dot, int R, int V>
+void multiply(const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
+    Simd::F acc[R][V];
+    load_tile<R, V>(c, acc);
     for (int64_t k = 0; k < words; ++k, w += V * Simd::kLanes) {
-        decltype(Dot::load(w)) column[V];
+        typename Dot::W column[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) column[v] = Dot::load(w + v * Simd::kLanes);
 #pragma GCC unroll 16
@@ -64,39 +77,75 @@ void multiply(const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
             for (int v = 0; v < V; ++v) acc[r][v] = Dot::dot(acc[r][v], row, column[v]);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) Simd::store(c + r * kAccumulatorStride + v * Simd::kLanes, acc[r][v]);
+    store_tile<R, V>(c, acc);
 }
 
-// The same for any number of rows: as many micro-tiles of `Most` rows as fit, then one with the rest.
-template <class Dot, int V, int Most>
-struct MultiplyRows {
-    template <int R>
-    static void rest(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
-        if constexpr (R > 0) {
-            if (rows == R) return multiply<Dot, R, V>(x, w, words, c);
-            rest<R - 1>(rows, x, w, words, c);
-        }
+// The same for fewer than R rows.
+template <class Dot, int R, int V>
+void multiply_rest(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
+    if constexpr (R > 1) {
+        if (rows == R - 1) return multiply<Dot, R - 1, V>(x, w, words, c);
+        multiply_rest<Dot, R - 1, V>(rows, x, w, words, c);
     }
-    static void run(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
-        for (; rows >= Most; rows -= Most, x += Most * kPackedStride, c += Most * kAccumulatorStride)
-            multiply<Dot, Most, V>(x, w, words, c);
-        rest<Most - 1>(rows, x, w, words, c);
-    }
+}
+
+// The same for any number of rows: full micro-tiles, then one with the rest.
+template <class Dot, int V>
+void multiply_rows(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
+    constexpr int R = V == 1 ? Simd::kNarrowRows : Simd::kRows;
+    for (; rows >= R; rows -= R, x += R * kPackedStride, c += R * kAccumulatorStride) multiply<Dot, R, V>(x, w, words, c);
+    multiply_rest<Dot, R, V>(rows, x, w, words, c);
+}
+
+template <int V>
+struct Constant {
+    static constexpr int value = V;
 };
 
-template <class Dot, int V = Simd::kVectors>
-void multiply_stripe(int vectors, int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
-    if (vectors == V) return MultiplyRows<Dot, V, V == 1 ? Simd::kNarrowRows : Simd::kRows>::run(rows, x, w, words, c);
-    if constexpr (V > 1) multiply_stripe<Dot, V - 1>(vectors, rows, x, w, words, c);
+// Calls use(integral constant V) for the number of vectors that `columns` columns need.
+template <int V = Simd::kVectors, class Use>
+void with_vectors(int64_t columns, Use use) {
+    if constexpr (V > 1)
+        if (columns <= (V - 1) * Simd::kLanes) return with_vectors<V - 1>(columns, use);
+    use(Constant<V>());
+}
+
+// A stripe of W as [words, V * lanes].
+template <class Dot, int V>
+void pack_stripe(const Columns& w, uint32_t* stripe) {
+    Dot::template columns_of<V>(w, [=](int64_t word, int v, typename Dot::W value) {
+        Dot::store(stripe + (word * V + v) * Simd::kLanes, value);
+    });
+    if (w.c.weight_dropout.threshold)
+        for (int64_t k = 0; k < w.depth; ++k)
+            apply_dropout(w.c.weight_dropout, w.depth_begin + k, w.begin, w.count,
+                          reinterpret_cast<float*>(stripe + k * V * Simd::kLanes));
+}
+
+// c [R, V * lanes] += x [R, words] @ V vectors of W's columns, which go from their source to the products in registers:
+// with few rows, decoding beside the products is faster than before them.
+template <class Dot, int R, int V>
+void multiply_columns(const Columns& w, const uint32_t* x, float* c) {
+    Simd::F acc[R][V];
+    load_tile<R, V>(c, acc);
+    Dot::template columns_of<V>(w, [&](int64_t word, int v, typename Dot::W value) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) acc[r][v] = Dot::dot(acc[r][v], Dot::broadcast(x + r * kPackedStride + word), value);
+    });
+    store_tile<R, V>(c, acc);
+}
+
+template <class Dot, int R = Simd::kNarrowRows>
+void multiply_columns(int64_t rows, const Columns& w, const uint32_t* x, float* c) {
+    if (rows == R) return multiply_columns<Dot, R, 1>(w, x, c);
+    if constexpr (R > 1) multiply_columns<Dot, R - 1>(rows, w, x, c);
 }
 
 template <class Dot>
 void contract(const Contraction& c, const Tile& tile, const Workspace& workspace) {
     const int64_t rows = tile.m_end - tile.m_begin;
-    constexpr int64_t kStripeColumns = Simd::kVectors * Simd::kLanes;
+    const bool few_rows = rows <= Simd::kNarrowRows && !c.weight_dropout.threshold;
+    const int64_t step = few_rows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
     static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
     StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
     for (int64_t k = 0; k < c.depth; k += kChunkWords * Dot::kDepth) {
@@ -104,12 +153,18 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
         for (int64_t m = 0; m < rows; ++m) Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
         if (c.nf4 && !c.weight_transposed && aligned(*c.nf4))
             staged.fill(*c.nf4, k, depth, tile.n_begin, tile.n_end - tile.n_begin);
-        for (int64_t n = tile.n_begin; n < tile.n_end; n += kStripeColumns) {
-            const int64_t columns = smaller(kStripeColumns, tile.n_end - n);
-            const int vectors = static_cast<int>(divide_up(columns, Simd::kLanes));
-            Dot::pack_stripe(c, staged, k, depth, n, columns, vectors, workspace.stripe);
+        for (int64_t n = tile.n_begin; n < tile.n_end; n += step) {
+            const Columns w = {c, staged, k, depth, n, smaller(step, tile.n_end - n)};
             float* accumulator = workspace.accumulator + (n - tile.n_begin);
-            multiply_stripe<Dot>(vectors, rows, workspace.rows, workspace.stripe, words, accumulator);
+            if (few_rows) {
+                multiply_columns<Dot>(rows, w, workspace.rows, accumulator);
+                continue;
+            }
+            with_vectors(w.count, [&](auto vectors) {
+                constexpr int V = decltype(vectors)::value;
+                pack_stripe<Dot, V>(w, workspace.stripe);
+                multiply_rows<Dot, V>(rows, workspace.rows, workspace.stripe, words, accumulator);
+            });
         }
     }
     if (c.result_dropout.threshold)

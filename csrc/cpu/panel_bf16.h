@@ -15,9 +15,11 @@ namespace {
 
 struct Bf16Dot {
     static constexpr int kDepth = 2;
-    static __m512i load(const uint32_t* p) { return _mm512_load_si512(p); }
-    static __m512i broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
-    static __m512 dot(__m512 acc, __m512i x, __m512i w) {
+    using W = __m512i;
+    static W load(const uint32_t* p) { return _mm512_load_si512(p); }
+    static void store(uint32_t* p, W w) { _mm512_store_si512(p, w); }
+    static W broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+    static __m512 dot(__m512 acc, W x, W w) {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
     }
 
@@ -26,58 +28,50 @@ struct Bf16Dot {
         memcpy(words, element_at(c.x, row, depth_begin), static_cast<size_t>(2 * depth));
     }
 
-    static void pack_stripe(const Contraction& c, const StagedCodes& staged, int64_t depth_begin, int64_t depth,
-                            int64_t column_begin, int64_t columns, int vectors, uint32_t* panel) {
-        if (c.nf4 && !aligned(*c.nf4)) {
-            nf4_unaligned(c, depth_begin, depth, column_begin, columns, vectors, panel);
-        } else if (c.nf4 && c.weight_transposed) {
-            nf4_transposed(*c.nf4, depth_begin, depth, column_begin, columns, vectors, panel);
-        } else if (c.nf4) {
-            nf4_rows(staged, depth, column_begin, vectors, panel);
-        } else if (c.weight_transposed) {
-            dense_transposed(c.weight, depth_begin, depth, column_begin, columns, vectors, panel);
-        } else {
-            dense_rows(c.weight, depth_begin, depth, column_begin, columns, vectors, panel);
-        }
+    template <int V, class Emit>
+    static void columns_of(const Columns& w, Emit emit) {
+        if (w.c.nf4 && !aligned(*w.c.nf4)) return nf4_unaligned<V>(w, emit);
+        if (w.c.nf4) return w.c.weight_transposed ? nf4_transposed<V>(w, emit) : nf4_rows<V>(w, emit);
+        return w.c.weight_transposed ? dense_transposed<V>(w, emit) : dense_rows<V>(w, emit);
     }
 
 private:
     // Two vectors of 8 columns x 2 depths, lanes alternating between the depths, to one vector of 16 columns.
-    static __m512i round_pairs(__m512 first, __m512 second) {
+    static W round_pairs(__m512 first, __m512 second) {
         return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
     }
 
-    static void nf4_transposed(const Nf4& q, int64_t depth_begin, int64_t depth, int64_t column_begin, int64_t columns,
-                               int vectors, uint32_t* panel) {
+    template <int V, class Emit>
+    static void nf4_transposed(const Columns& w, Emit emit) {
         const __m512 table = Simd::nf4_table();
         const __m512i first8 = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
         const __m512i last8 = _mm512_add_epi32(first8, _mm512_set1_epi32(8));
         const __m512i shifts = _mm512_set1_epi64(4);  // the high nibble, then the low one
-        const int64_t step = vectors * 16;
-        for (int64_t block = 0; block < depth; block += 128)
-            for (int v = 0; v < vectors; ++v) {
-                uint32_t* target = panel + block / 2 * step + v * 16;
-                Fp32Dot::nf4_words<2>(
-                    q, depth_begin + block, smaller(128, depth - block), column_begin + v * 16, columns - v * 16,
-                    [&](int64_t k, __m512i codes, const float* scales) {
-                        const __m512i a = _mm512_permutexvar_epi32(first8, codes);
-                        const __m512i b = _mm512_permutexvar_epi32(last8, codes);
-                        const __m512 scale_a = _mm512_load_ps(scales), scale_b = _mm512_load_ps(scales + 16);
-                        uint32_t* p = target + k / 2 * step;
+        Nf4Block<2> block;
+        for (int64_t k = 0; k < w.depth; k += block.kDepth)
 #pragma GCC unroll 4
-                        for (int pair = 0; pair < 4; ++pair, p += step) {
-                            const __m512i shift = _mm512_add_epi32(shifts, _mm512_set1_epi32(8 * pair));
-                            const __m512 w_a = Simd::lookup(table, _mm512_srlv_epi32(a, shift)) * scale_a;
-                            const __m512 w_b = Simd::lookup(table, _mm512_srlv_epi32(b, shift)) * scale_b;
-                            _mm512_store_si512(p, round_pairs(w_a, w_b));
-                        }
-                    });
+            for (int v = 0; v < V; ++v) {
+                block.load(*w.c.nf4, w.begin + v * 16, w.count - v * 16, w.depth_begin + k, w.depth - k);
+                for (int64_t j = 0; j < block.word_count; ++j) {
+                    const __m512i a = _mm512_permutexvar_epi32(first8, block.words[j]);
+                    const __m512i b = _mm512_permutexvar_epi32(last8, block.words[j]);
+                    const float* scales = block.scales_of(j);
+                    const __m512 scale_a = _mm512_load_ps(scales), scale_b = _mm512_load_ps(scales + 16);
+#pragma GCC unroll 4
+                    for (int pair = 0; pair < 4; ++pair) {
+                        const __m512i shift = _mm512_add_epi32(shifts, _mm512_set1_epi32(8 * pair));
+                        const __m512 w_a = Simd::lookup(table, _mm512_srlv_epi32(a, shift)) * scale_a;
+                        const __m512 w_b = Simd::lookup(table, _mm512_srlv_epi32(b, shift)) * scale_b;
+                        emit(k / 2 + 4 * j + pair, v, round_pairs(w_a, w_b));
+                    }
+                }
             }
     }
 
-    // Two rows share a table of 32 rounded weights, 16 codes x their two scales, remade where a scale changes. One
-    // 16-bit look-up then gives 16 columns x 2 rows.
-    static void nf4_rows(const StagedCodes& staged, int64_t depth, int64_t column, int vectors, uint32_t* panel) {
+    // Two rows share a table of 32 rounded weights, 16 codes x their two scales, remade where a scale begins. One 16-bit
+    // look-up then gives 16 columns x 2 rows.
+    template <int V, class Emit>
+    static void nf4_rows(const Columns& w, Emit emit) {
         const __m512 codebook = Simd::nf4_table();
         // Of 8 bytes of both rows in each 128-bit lane: column c's byte of the first row in word 2c, of the second in 2c + 1.
         const __m512i bytes = _mm512_add_epi8(
@@ -86,16 +80,16 @@ private:
                               0x0606060606060606, 0x0606060606060606));
         const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);  // even columns: the high nibble
         const __m512i low = _mm512_set1_epi32(0x000f000f), second = _mm512_set1_epi32(0x00100000);
-        const int vectors_per_run = 1 << (staged.run_shift - 4);
-        for (int64_t k = 0; k < depth; k += 2) {
-            const uint8_t* codes = staged.codes_at(k, column);
-            const float* scales = staged.scales_at(k, column);
+        const int vectors_per_run = 1 << (w.staged.run_shift - 4);
+        for (int64_t k = 0; k < w.depth; k += 2) {
+            const uint8_t* codes = w.staged.codes_at(k, w.begin);
             __m512i table = _mm512_setzero_si512();
-            for (int v = 0; v < vectors; ++v, panel += 16) {
-                if ((v & (vectors_per_run - 1)) == 0) {
-                    const float* scale = scales + (v * 16 >> staged.run_shift);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                if (v == 0 || (v & (vectors_per_run - 1)) == 0) {
+                    const float* scale = w.staged.scales_at(k, w.begin + v * 16);
                     table = round_pairs(codebook * _mm512_set1_ps(scale[0]),
-                                        codebook * _mm512_set1_ps(scale[staged.scales_pitch]));
+                                        codebook * _mm512_set1_ps(scale[w.staged.scales_pitch]));
                 }
                 long long codes0, codes1;
                 memcpy(&codes0, codes + v * 8, 8);
@@ -103,68 +97,59 @@ private:
                 const __m512i both = _mm512_mask_set1_epi64(_mm512_set1_epi64(codes0), 0xaa, codes1);
                 const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(both, bytes), shifts);
                 const __m512i select = _mm512_ternarylogic_epi32(index, low, second, 0xea);  // index & low | second
-                _mm512_store_si512(panel, _mm512_permutexvar_epi16(select, table));
+                emit(k / 2, v, _mm512_permutexvar_epi16(select, table));
             }
         }
     }
 
-    static void nf4_unaligned(const Contraction& c, int64_t depth_begin, int64_t depth, int64_t column_begin,
-                              int64_t columns, int vectors, uint32_t* panel) {
-        alignas(64) float values[2][16];
-        const Nf4& q = *c.nf4;
-        for (int64_t k = depth_begin; k < depth_begin + depth; k += 2)
-            for (int v = 0; v < vectors; ++v, panel += 16) {
-                for (int i = 0; i < 16; ++i)
-                    for (int d = 0; d < 2; ++d) {
-                        const int64_t column = column_begin + v * 16 + i;
-                        const bool any = v * 16 + i < columns && k + d < depth_begin + depth;
-                        values[i / 8][i % 8 * 2 + d] =
-                            any ? (c.weight_transposed ? nf4_value(q, column, k + d) : nf4_value(q, k + d, column)) : 0;
+    template <int V, class Emit>
+    static void nf4_unaligned(const Columns& w, Emit emit) {
+        const Nf4& q = *w.c.nf4;
+        for (int64_t k = 0; k < w.depth; k += 2)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                alignas(64) float values[32] = {};
+                for (int64_t i = 0; i < smaller(16, w.count - v * 16); ++i)
+                    for (int64_t d = 0; d < smaller(2, w.depth - k); ++d) {
+                        const int64_t n = w.begin + v * 16 + i, row = w.depth_begin + k + d;
+                        values[2 * i + d] = w.c.weight_transposed ? nf4_value(q, n, row) : nf4_value(q, row, n);
                     }
-                _mm512_store_si512(panel, round_pairs(_mm512_load_ps(values[0]), _mm512_load_ps(values[1])));
+                emit(k / 2, v, round_pairs(_mm512_load_ps(values), _mm512_load_ps(values + 16)));
             }
     }
 
-    static void dense_transposed(const Matrix& w, int64_t depth_begin, int64_t depth, int64_t column_begin,
-                                 int64_t columns, int vectors, uint32_t* panel) {
-        alignas(64) uint8_t padded[16][64];
+    template <int V, class Emit>
+    static void dense_transposed(const Columns& w, Emit emit) {
+        const Matrix& matrix = w.c.weight;
         __m512i words[16];
-        for (int v = 0; v < vectors; ++v)
-            for (int64_t k = 0; k < depth; k += 32) {
-                const int64_t count = smaller(32, depth - k), rows = smaller(16, columns - v * 16);
-                const uint8_t* block = element_at(w, column_begin + v * 16, depth_begin + k);
+        for (int64_t k = 0; k < w.depth; k += 32)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                const int64_t count = smaller(32, w.depth - k), rows = smaller(16, w.count - v * 16);
+                const uint8_t* block = element_at(matrix, w.begin + v * 16, w.depth_begin + k);
                 if (rows == 16 && count == 32) {
-                    Simd::transpose_words(block, 2 * w.stride, words);
+                    Simd::transpose_words(block, 2 * matrix.stride, words);
                 } else {
-                    memset(padded, 0, sizeof padded);
+                    alignas(64) uint8_t padded[16][64] = {};
                     for (int64_t i = 0; i < rows; ++i)
-                        memcpy(padded[i], block + i * 2 * w.stride, static_cast<size_t>(2 * count));
+                        memcpy(padded[i], block + i * 2 * matrix.stride, static_cast<size_t>(2 * count));
                     Simd::transpose_words(padded[0], sizeof padded[0], words);
                 }
-                for (int64_t j = 0; j < divide_up(count, 2); ++j)
-                    _mm512_store_si512(panel + ((k / 2 + j) * vectors + v) * 16, words[j]);
+                for (int64_t j = 0; j < divide_up(count, 2); ++j) emit(k / 2 + j, v, words[j]);
             }
     }
 
-    static void dense_rows(const Matrix& w, int64_t depth_begin, int64_t depth, int64_t column_begin, int64_t columns,
-                           int vectors, uint32_t* panel) {
-        alignas(64) uint16_t padded[2][16];
-        for (int64_t k = 0; k < depth; k += 2)
-            for (int v = 0; v < vectors; ++v, panel += 16) {
-                const int64_t count = smaller(16, columns - v * 16);
-                const uint8_t* rows[2] = {element_at(w, depth_begin + k, column_begin + v * 16), nullptr};
-                const bool pair = k + 1 < depth;
-                rows[1] = pair ? rows[0] + 2 * w.stride : reinterpret_cast<const uint8_t*>(padded[1]);
-                if (count < 16 || !pair) {
-                    memset(padded, 0, sizeof padded);
-                    for (int d = 0; d < (pair ? 2 : 1); ++d) {
-                        memcpy(padded[d], rows[d], static_cast<size_t>(2 * count));
-                        rows[d] = reinterpret_cast<const uint8_t*>(padded[d]);
-                    }
-                }
-                const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0])));
-                const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[1])));
-                _mm512_store_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    template <int V, class Emit>
+    static void dense_rows(const Columns& w, Emit emit) {
+        for (int64_t k = 0; k < w.depth; k += 2)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                const auto valid = static_cast<__mmask16>((1u << smaller(16, w.count - v * 16)) - 1);
+                const __mmask16 pair = k + 1 < w.depth ? valid : 0;
+                const uint8_t* first = element_at(w.c.weight, w.depth_begin + k, w.begin + v * 16);
+                const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, first));
+                const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pair, first + 2 * w.c.weight.stride));
+                emit(k / 2, v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
     }
 };

@@ -22,8 +22,7 @@ struct Simd {
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
     static F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    static I load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-    static void store_words(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
+    static F as_floats(I v) { return _mm512_castsi512_ps(v); }
 
     static F from_bf16(const uint16_t* p) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -26,12 +26,7 @@ struct Simd {
     }
     static void store(float* p, F v) { memcpy(p, &v, sizeof v); }
     static F fmadd(F a, F b, F c) { return a * b + c; }
-    static I load_words(const uint32_t* p) {
-        I v;
-        memcpy(&v, p, sizeof v);
-        return v;
-    }
-    static void store_words(uint32_t* p, I v) { memcpy(p, &v, sizeof v); }
+    static F as_floats(I v) { return reinterpret_cast<F>(v); }
 
     static F from_bf16(const uint16_t* p) {
         I bits;
