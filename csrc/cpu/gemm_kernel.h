@@ -135,17 +135,18 @@ void multiply_columns(const Columns& w, const uint32_t* x, float* c) {
     store_tile<R, V>(c, acc);
 }
 
-template <class Dot, int R = Simd::kNarrowRows>
-void multiply_columns(int64_t rows, const Columns& w, const uint32_t* x, float* c) {
-    if (rows == R) return multiply_columns<Dot, R, 1>(w, x, c);
-    if constexpr (R > 1) multiply_columns<Dot, R - 1>(rows, w, x, c);
+template <class Dot, int V, int R = V == 1 ? Simd::kNarrowRows : Simd::kRows>
+void multiply_few_rows(int64_t rows, const Columns& w, const uint32_t* x, float* c) {
+    if (rows == R) return multiply_columns<Dot, R, V>(w, x, c);
+    if constexpr (R > 1) multiply_few_rows<Dot, V, R - 1>(rows, w, x, c);
 }
 
 template <class Dot>
 void contract(const Contraction& c, const Tile& tile, const Workspace& workspace) {
     const int64_t rows = tile.m_end - tile.m_begin;
-    const bool few_rows = rows <= Simd::kNarrowRows && !c.weight_dropout.threshold;
-    const int64_t step = few_rows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
+    // Beyond kRows only one vector of columns fits the registers, and rows of NF4 codes share their table among four.
+    const bool few_rows = rows <= (c.weight_transposed ? Simd::kNarrowRows : Simd::kRows) && !c.weight_dropout.threshold;
+    const int64_t step = few_rows && rows > Simd::kRows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
     static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
     StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
     for (int64_t k = 0; k < c.depth; k += kChunkWords * Dot::kDepth) {
@@ -156,12 +157,9 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
         for (int64_t n = tile.n_begin; n < tile.n_end; n += step) {
             const Columns w = {c, staged, k, depth, n, smaller(step, tile.n_end - n)};
             float* accumulator = workspace.accumulator + (n - tile.n_begin);
-            if (few_rows) {
-                multiply_columns<Dot>(rows, w, workspace.rows, accumulator);
-                continue;
-            }
             with_vectors(w.count, [&](auto vectors) {
                 constexpr int V = decltype(vectors)::value;
+                if (few_rows) return multiply_few_rows<Dot, V>(rows, w, workspace.rows, accumulator);
                 pack_stripe<Dot, V>(w, workspace.stripe);
                 multiply_rows<Dot, V>(rows, workspace.rows, workspace.stripe, words, accumulator);
             });
@@ -202,14 +200,22 @@ inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
         }
 }
 
-template <class MainDot>
+struct NoDecode {
+    static bool takes(const Contraction&, int64_t) { return false; }
+    static void run(const Contraction&, const Tile&, const Workspace&) {}
+};
+
+// MainDot multiplies where bf16 may be used; Decode has a faster way for few rows.
+template <class MainDot, class Decode = NoDecode>
 void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
     const Workspace workspace(memory);
     const int64_t rows = tile->m_end - tile->m_begin;
     memset(workspace.accumulator, 0, static_cast<size_t>(rows * kAccumulatorStride) * sizeof(float));
     for (int i = 0; i < gemm->contraction_count; ++i) {
         const Contraction& c = gemm->contractions[i];
-        if (c.bf16_dot)
+        if (Decode::takes(c, rows))
+            Decode::run(c, *tile, workspace);
+        else if (c.bf16_dot)
             contract<MainDot>(c, *tile, workspace);
         else
             contract<Fp32Dot>(c, *tile, workspace);
