@@ -46,6 +46,15 @@ inline void store_elements(uint8_t* p, Dtype dtype, int64_t count, Simd::F value
     if (count < Simd::kLanes) memcpy(p, padded, static_cast<size_t>(count * element_bytes(dtype)));
 }
 
+// out[j] lane c = word j of row c, for up to `lanes` rows, `pitch` bytes apart, of up to `lanes` words.
+inline void load_words(const uint8_t* p, int64_t pitch, int64_t rows, int64_t words, Simd::I* out) {
+    constexpr int L = Simd::kLanes;
+    if (rows >= L && words == L) return Simd::transpose_words(p, pitch, out);
+    alignas(64) uint8_t padded[L][4 * L] = {};
+    for (int64_t c = 0; c < smaller(rows, L); ++c) memcpy(padded[c], p + c * pitch, static_cast<size_t>(4 * words));
+    Simd::transpose_words(padded[0], sizeof padded[0], out);
+}
+
 // One vector of rows of a matrix x up to 8 * lanes codes, each scale repeated kRepeat times.
 template <int kRepeat>
 struct Nf4Block {
@@ -73,11 +82,7 @@ struct Nf4Block {
         const uint8_t* codes = q.codes + (first >> 1);
         // The next stripe's codes: rows are far apart, which the hardware prefetchers do not follow.
         for (int c = 0; c < L; ++c) __builtin_prefetch(codes + (c + Simd::kVectors * L) * (q.columns >> 1), 0, 2);
-        if (rows >= L && word_count == L) return Simd::transpose_words(codes, q.columns >> 1, words);
-        alignas(64) uint8_t padded[L][4 * L];
-        for (int64_t c = 0; c < smaller(rows, L); ++c)
-            memcpy(padded[c], codes + c * (q.columns >> 1), static_cast<size_t>(4 * word_count));
-        Simd::transpose_words(padded[0], sizeof padded[0], words);
+        load_words(codes, q.columns >> 1, rows, word_count, words);
     }
 };
 

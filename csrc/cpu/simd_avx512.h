@@ -58,9 +58,12 @@ struct Simd {
         return _mm512_srlv_epi32(_mm512_permutexvar_epi32(second, _mm512_set1_epi64(words)), shift);
     }
     // out[j] lane c = word j of row c, rows being `stride` bytes apart
-    static void transpose_words(const uint8_t* rows, int64_t stride, I* out) {
+    __attribute__((always_inline)) static void transpose_words(const uint8_t* rows, int64_t stride, I* out) {
         __m512i r[16], t[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * stride);
+        for (int i = 0; i < 16; ++i, rows += stride) {
+            __asm__("" : "+r"(rows));  // else GCC computes the 16 addresses in vector registers
+            r[i] = _mm512_loadu_si512(rows);
+        }
         for (int i = 0; i < 8; ++i) {
             t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
             t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
