@@ -2,16 +2,26 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(peftkern, m) {
-    m.def("nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
-          "Tensor? offset, int block_size, SymInt out_features, Tensor? bias) -> Tensor");
-    m.def("nf4_linear_backward(Tensor grad_y, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
-          "Tensor? nested_quant_map, Tensor? offset, int block_size, SymInt in_features) -> Tensor");
-    m.def("lora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
-          "Tensor? offset, int block_size, SymInt out_features, Tensor lora_a, Tensor lora_b, float scaling, "
-          "Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor y, Tensor h)");
-    m.def("lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor? absmax, "
-          "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
-          "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
-          "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
+    m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor codes, Tensor absmax)");
+    m.def(
+        "nf4_quantize_absmax(Tensor absmax, Tensor quant_map, Tensor offset) -> (Tensor bytes, Tensor nested_absmax)");
+    m.def(
+        "nf4_dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, "
+        "int block_size, SymInt[] shape, ScalarType dtype) -> Tensor");
+    m.def(
+        "nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, Tensor? bias) -> Tensor");
+    m.def(
+        "nf4_linear_backward(Tensor grad_y, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
+        "Tensor? nested_quant_map, Tensor? offset, int block_size, SymInt in_features) -> Tensor");
+    m.def(
+        "lora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, Tensor lora_a, Tensor lora_b, float scaling, "
+        "Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor y, Tensor h)");
+    m.def(
+        "lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor? absmax, "
+        "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
+        "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
+        "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

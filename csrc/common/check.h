@@ -26,4 +26,11 @@ inline void check_shape(const char* op, const char* name, const torch::stable::T
     STD_TORCH_CHECK(right, op, ": ", name, " must have shape ", wanted, ", got ", shape_text(tensor));
 }
 
+inline void check_part(const char* op, const char* name, const torch::stable::Tensor& part,
+                       torch::headeronly::ScalarType dtype, int64_t numel) {
+    STD_TORCH_CHECK(part.scalar_type() == dtype && part.numel() == numel, op, ": ", name, " must be ",
+                    torch::headeronly::toString(dtype), " with ", numel, " elements, got ",
+                    torch::headeronly::toString(part.scalar_type()), " with ", part.numel());
+}
+
 }  // namespace peftkern

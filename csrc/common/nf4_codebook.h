@@ -1,4 +1,5 @@
-// The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E): the only copy, used by C++, CUDA and (through _caps) Python.
+// The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E): the only copy, used by C++, CUDA and (through _caps)
+// Python.
 #pragma once
 
 namespace peftkern {
@@ -22,8 +23,9 @@ alignas(64) static constexpr float kNf4Codebook[16] = {
     1.0f,
 };
 
-// The codebook scaled by kNf4Bf16Scale and rounded to bf16. Rounding the plain codebook leaves a common error of 2e-2 on
-// inputs with a mean, since the 16 errors do not cancel; at this scale they do (1.4e-3). absmax is divided by the scale.
+// The codebook scaled by kNf4Bf16Scale and rounded to bf16. Rounding the plain codebook leaves a common error of 2e-2
+// on inputs with a mean, since the 16 errors do not cancel; at this scale they do (1.4e-3). absmax is divided by the
+// scale.
 static constexpr float kNf4Bf16Scale = 1.286945f;
 alignas(32) static constexpr unsigned short kNf4Bf16Codebook[16] = {
     0xbfa5, 0xbf65, 0xbf2d, 0xbf02, 0xbebb, 0xbe74, 0xbdf0, 0x0000,

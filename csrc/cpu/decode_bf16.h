@@ -2,8 +2,8 @@
 // block's scale multiplies its sum. 1.75 instructions a vector of 32 weights instead of 7.5, at the price of R * V
 // multiply-adds a block, so for few rows only.
 //
-// The codes' table is rounded to bf16 at a scale where its errors cancel (nf4_codebook.h); scales stay fp32. A lane's two
-// contraction elements are k and k + 4 of a word of 8 codes: those need no more than a shift of 16-bit halves.
+// The codes' table is rounded to bf16 at a scale where its errors cancel (nf4_codebook.h); scales stay fp32. A lane's
+// two contraction elements are k and k + 4 of a word of 8 codes: those need no more than a shift of 16-bit halves.
 #pragma once
 
 #include <immintrin.h>
@@ -51,7 +51,9 @@ constexpr int64_t kDotStride = kDotDepth / 2 + 16;
 constexpr int64_t kDecodeRuns = kDotDepth / kAlignedColumns;
 
 // The distance between two rows' scales, with a vector's overhang.
-inline int64_t scales_pitch(int64_t runs) { return divide_up(runs, 16) * 16 + 16; }
+inline int64_t scales_pitch(int64_t runs) {
+    return divide_up(runs, 16) * 16 + 16;
+}
 
 // The scales of rows of q, `runs` runs of columns from `column` on, over kNf4Bf16Scale: out [rows, scales_pitch(runs)].
 inline void run_scales(const Nf4& q, int64_t row_begin, int64_t rows, int64_t column, int64_t runs, int run_shift,
@@ -71,7 +73,8 @@ inline void run_scales(const Nf4& q, int64_t row_begin, int64_t rows, int64_t co
     // In two passes over all rows: reading vectors right behind narrower stores stalls.
     const int64_t first = begin >> shift, pitch = q.columns >> shift;
     for (int64_t r = 0; r < rows; ++r)
-        copy_entries(q.nested_quant_map, static_cast<const uint8_t*>(q.absmax) + first + r * pitch, runs, out + r * out_pitch);
+        copy_entries(q.nested_quant_map, static_cast<const uint8_t*>(q.absmax) + first + r * pitch, runs,
+                     out + r * out_pitch);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < runs;) {
             const int64_t block = first + r * pitch + i, count = smaller(runs - i, 256 - (block & 255));
@@ -87,8 +90,8 @@ inline void run_scales(const Nf4& q, int64_t row_begin, int64_t rows, int64_t co
 }
 
 // The same for 16 rows of q, transposed: [run][16 rows], 0 in lanes beyond `rows`.
-inline void transposed_scales(const Nf4& q, int64_t row_begin, int64_t rows, int64_t column, int64_t runs, int run_shift,
-                              float* out) {
+inline void transposed_scales(const Nf4& q, int64_t row_begin, int64_t rows, int64_t column, int64_t runs,
+                              int run_shift, float* out) {
     alignas(64) float scales[16 * (kDecodeRuns + 16)];
     __m512i transposed[16];
     const int64_t pitch = scales_pitch(runs), valid = rows < 0 ? 0 : smaller(16, rows);
@@ -162,8 +165,8 @@ void decode_columns(int64_t rows, const DecodeRows& w, const uint32_t* x, float*
     const int64_t pitch = w.q.columns >> 1, run = int64_t{1} << (w.run_shift - 3);
     const int64_t group = divide_up(rows, divide_up(rows, R));
     __m512i words[V][16];
-    // The next stripe is fetched a line at a time in the order of memory: the hardware prefetchers then run ahead, which
-    // they do not in the order of use (a fifth of the time of one row, measured).
+    // The next stripe is fetched a line at a time in the order of memory: the hardware prefetchers then run ahead,
+    // which they do not in the order of use (a fifth of the time of one row, measured).
     const uint8_t* next = w.q.codes + (w.begin + V * 16) * pitch + (w.depth_begin >> 1);
     int64_t next_line = 0;
     for (int v = 0; v < V; ++v)
@@ -181,8 +184,8 @@ void decode_columns(int64_t rows, const DecodeRows& w, const uint32_t* x, float*
         }
         const float* scales = w.scales + (k >> w.run_shift) * 16;
         for (int64_t m = 0; m < rows; m += group)
-            multiply_codes_rows<V, R>(smaller(group, rows - m), words, word_count, run, scales, x + m * kPackedStride + k / 2,
-                                      c + m * kAccumulatorStride);
+            multiply_codes_rows<V, R>(smaller(group, rows - m), words, word_count, run, scales,
+                                      x + m * kPackedStride + k / 2, c + m * kAccumulatorStride);
     }
 }
 
@@ -224,7 +227,8 @@ void dot_rows(const DecodeRows& w, const uint32_t* x, float* c) {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     const __m512i row = _mm512_load_si512(x + r * kDotStride + i * 16);
-                    acc[r][n] = _mm512_dpbf16_ps(acc[r][n], reinterpret_cast<__m512bh>(value), reinterpret_cast<__m512bh>(row));
+                    acc[r][n] =
+                        _mm512_dpbf16_ps(acc[r][n], reinterpret_cast<__m512bh>(value), reinterpret_cast<__m512bh>(row));
                 }
             }
         }
@@ -289,7 +293,12 @@ struct Decode {
                 else
                     pack_decode_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
             for (int64_t n = tile.n_begin; n < tile.n_end; n += step) {
-                const DecodeRows w = {*c.nf4, n, smaller(step, tile.n_end - n), k, depth, run_shift,
+                const DecodeRows w = {*c.nf4,
+                                      n,
+                                      smaller(step, tile.n_end - n),
+                                      k,
+                                      depth,
+                                      run_shift,
                                       reinterpret_cast<float*>(workspace.stripe)};
                 float* accumulator = workspace.accumulator + (n - tile.n_begin);
                 if (rows == 1)

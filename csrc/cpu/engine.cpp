@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "cpu/isa.h"
+#include "cpu/quantize_host.h"
 
 namespace peftkern {
 namespace {
@@ -24,8 +25,12 @@ const GemmKernels* const kLevels[kIsaCount] = {&peftkern_gemm_scalar, &peftkern_
                                                &peftkern_gemm_avx512bf16};
 std::atomic<int64_t> tiles_run[kIsaCount];
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+    return divide_up(a, b) * b;
+}
 
 bool is_floating(ScalarType type) {
     return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
@@ -53,8 +58,8 @@ int64_t row_stride(const Tensor& t) {
 }
 
 Tensor matching(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t numel) {
-    check_dtype(op, name, tensor, tensor.scalar_type() == type, torch::headeronly::toString(type));
-    check_shape(op, name, tensor, tensor.numel() == numel, "of " + std::to_string(numel) + " elements");
+    STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+    check_part(op, name, tensor, type, numel);
     return torch::stable::contiguous(tensor);
 }
 
@@ -115,28 +120,28 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
     return rows;
 }
 
-Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
-                 const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
-                 int64_t out_features, int64_t in_features) {
+Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax,
+                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
+                 const OptionalTensor& offset, int64_t block_size, int64_t out_features, int64_t in_features) {
     Weight w = {};
     w.out_features = out_features;
     w.in_features = in_features;
     const std::string shape = "[" + std::to_string(out_features) + ", " + std::to_string(in_features) + "]";
     if (block_size == 0) {
-        check_shape(op, "weight", weight, weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features,
-                    shape);
+        const bool right = weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features;
+        check_shape(op, "weight", weight, right, shape);
         w.dense = rows_of(op, "weight", weight);
         return w;
     }
-    STD_TORCH_CHECK(block_size >= 32 && block_size <= 4096 && !(block_size & (block_size - 1)), op,
-                    ": block_size must be a power of two from 32 to 4096, got ", block_size);
+    check_block_size(op, block_size);
     STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is missing");
     const int64_t numel = out_features * in_features, blocks = divide_up(numel, block_size);
     const bool nested = nested_absmax.has_value();
     w.is_nf4 = true;
     w.codes = matching(op, "codes", weight, ScalarType::Byte, divide_up(numel, 2));
     w.absmax = matching(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
-    w.nf4 = {w.codes.const_data_ptr<uint8_t>(), w.absmax.const_data_ptr(), nullptr, nullptr, 0, block_size, in_features};
+    w.nf4 = {
+        w.codes.const_data_ptr<uint8_t>(), w.absmax.const_data_ptr(), nullptr, nullptr, 0, block_size, in_features};
     if (nested) {
         STD_TORCH_CHECK(nested_quant_map.has_value() && offset.has_value(), op,
                         ": a nested absmax needs nested_quant_map and offset");
@@ -158,10 +163,18 @@ Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed)
     return {static_cast<uint64_t>(*value.const_data_ptr<int64_t>()), dropped, keep_scale};
 }
 
-Contraction times_transposed(const Matrix& x, const Matrix& w, int64_t depth) { return term(x, w, depth, true); }
-Contraction times_transposed(const Matrix& x, const Weight& w) { return term(x, w, true); }
-Contraction times(const Matrix& x, const Matrix& w, int64_t depth) { return term(x, w, depth, false); }
-Contraction times(const Matrix& x, const Weight& w) { return term(x, w, false); }
+Contraction times_transposed(const Matrix& x, const Matrix& w, int64_t depth) {
+    return term(x, w, depth, true);
+}
+Contraction times_transposed(const Matrix& x, const Weight& w) {
+    return term(x, w, true);
+}
+Contraction times(const Matrix& x, const Matrix& w, int64_t depth) {
+    return term(x, w, depth, false);
+}
+Contraction times(const Matrix& x, const Weight& w) {
+    return term(x, w, false);
+}
 
 Tensor bias_of(const char* op, const OptionalTensor& bias, int64_t out_features) {
     if (!bias.has_value()) return Tensor();
@@ -181,7 +194,9 @@ Gemm gemm_into(const Tensor& out, int64_t m, int64_t n) {
     return gemm;
 }
 
-void add(Gemm& gemm, const Contraction& contraction) { gemm.contractions[gemm.contraction_count++] = contraction; }
+void add(Gemm& gemm, const Contraction& contraction) {
+    gemm.contractions[gemm.contraction_count++] = contraction;
+}
 
 void run(const char* op, const Gemm& gemm) {
     const char* error = nullptr;

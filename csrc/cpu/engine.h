@@ -28,9 +28,9 @@ struct Weight {
     bool is_nf4;
     int64_t out_features, in_features;
 };
-Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
-                 const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
-                 int64_t out_features, int64_t in_features);
+Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax,
+                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
+                 const OptionalTensor& offset, int64_t block_size, int64_t out_features, int64_t in_features);
 
 // The mask of dropout_p under `seed`; nothing is dropped without a seed.
 Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed);

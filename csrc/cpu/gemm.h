@@ -38,15 +38,15 @@ struct Nf4 {
 // One term X [m, depth] @ W [depth, n].
 struct Contraction {
     int64_t depth;
-    Matrix x;           // [m, depth], or [depth, m] when x_transposed
+    Matrix x;  // [m, depth], or [depth, m] when x_transposed
     bool x_transposed;
     float x_scale;
     Dropout x_dropout;
-    const Nf4* nf4;     // the weight's bytes, or null when `weight` holds it
+    const Nf4* nf4;  // the weight's bytes, or null when `weight` holds it
     Matrix weight;
     bool weight_transposed;  // stored [n, depth] (as nn.Linear does), else [depth, n]
     Dropout weight_dropout;  // only with a dense weight stored [depth, n]
-    bool bf16_dot;      // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
+    bool bf16_dot;  // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
     Dropout result_dropout;  // applied to the tile after this term
 };
 
@@ -56,7 +56,7 @@ struct Gemm {
     int64_t m, n;
     int contraction_count;
     Contraction contractions[kMaxContractions];
-    void* out;          // [m, n] or, when out_transposed, [n, m]
+    void* out;  // [m, n] or, when out_transposed, [n, m]
     int64_t out_stride;
     Dtype out_dtype;
     bool out_transposed;
@@ -69,8 +69,8 @@ struct Tile {
     int64_t m_begin, m_end, n_begin, n_end;
 };
 
-// How a Gemm is cut: a tile has at most kTileRows x kTileColumns elements, so that the accumulator (0.5 MiB), the packed
-// rows and the decoded stripe stay in L2.
+// How a Gemm is cut: a tile has at most kTileRows x kTileColumns elements, so that the accumulator (0.5 MiB), the
+// packed rows and the decoded stripe stay in L2.
 constexpr int64_t kTileRows = 258;
 constexpr int64_t kTileColumns = 512;
 // Tiles end at whole micro-tiles of every level, and at whole Philox calls of 8 columns.

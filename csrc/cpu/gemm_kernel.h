@@ -2,7 +2,8 @@
 //
 // For each contraction and each chunk of its depth: pack the tile's rows of X, then stripe by stripe of columns pack W
 // (dense or decoded from NF4) into L1/L2 and multiply kRows x kVectors micro-tiles on registers into the fp32
-// accumulator. Every element is summed in the same order whatever the tile, so the result is the same on any thread count.
+// accumulator. Every element is summed in the same order whatever the tile, so the result is the same on any thread
+// count.
 #pragma once
 
 #include <stddef.h>
@@ -93,7 +94,8 @@ void multiply_rest(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t w
 template <class Dot, int V>
 void multiply_rows(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t words, float* c) {
     constexpr int R = V == 1 ? Simd::kNarrowRows : Simd::kRows;
-    for (; rows >= R; rows -= R, x += R * kPackedStride, c += R * kAccumulatorStride) multiply<Dot, R, V>(x, w, words, c);
+    for (; rows >= R; rows -= R, x += R * kPackedStride, c += R * kAccumulatorStride)
+        multiply<Dot, R, V>(x, w, words, c);
     multiply_rest<Dot, R, V>(rows, x, w, words, c);
 }
 
@@ -130,7 +132,8 @@ void multiply_columns(const Columns& w, const uint32_t* x, float* c) {
     load_tile<R, V>(c, acc);
     Dot::template columns_of<V>(w, [&](int64_t word, int v, typename Dot::W value) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r][v] = Dot::dot(acc[r][v], Dot::broadcast(x + r * kPackedStride + word), value);
+        for (int r = 0; r < R; ++r)
+            acc[r][v] = Dot::dot(acc[r][v], Dot::broadcast(x + r * kPackedStride + word), value);
     });
     store_tile<R, V>(c, acc);
 }
@@ -145,13 +148,15 @@ template <class Dot>
 void contract(const Contraction& c, const Tile& tile, const Workspace& workspace) {
     const int64_t rows = tile.m_end - tile.m_begin;
     // Beyond kRows only one vector of columns fits the registers, and rows of NF4 codes share their table among four.
-    const bool few_rows = rows <= (c.weight_transposed ? Simd::kNarrowRows : Simd::kRows) && !c.weight_dropout.threshold;
+    const bool few_rows =
+        rows <= (c.weight_transposed ? Simd::kNarrowRows : Simd::kRows) && !c.weight_dropout.threshold;
     const int64_t step = few_rows && rows > Simd::kRows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
     static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
     StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
     for (int64_t k = 0; k < c.depth; k += kChunkWords * Dot::kDepth) {
         const int64_t depth = smaller(kChunkWords * Dot::kDepth, c.depth - k), words = divide_up(depth, Dot::kDepth);
-        for (int64_t m = 0; m < rows; ++m) Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
+        for (int64_t m = 0; m < rows; ++m)
+            Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
         if (c.nf4 && !c.weight_transposed && aligned(*c.nf4))
             staged.fill(*c.nf4, k, depth, tile.n_begin, tile.n_end - tile.n_begin);
         for (int64_t n = tile.n_begin; n < tile.n_end; n += step) {
@@ -194,8 +199,10 @@ inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
             const int64_t column = tile.n_begin + n, count = smaller(Simd::kLanes, columns - n);
             Simd::F v = Simd::load(accumulator + m * kAccumulatorStride + n);
             if (g.column_scale)
-                v = v * load_elements(reinterpret_cast<const uint8_t*>(g.column_scale + column), Dtype::kFloat32, count);
-            if (g.bias) v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
+                v = v *
+                    load_elements(reinterpret_cast<const uint8_t*>(g.column_scale + column), Dtype::kFloat32, count);
+            if (g.bias)
+                v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
             store_elements(output_at(g, tile.m_begin + m, column), g.out_dtype, count, v);
         }
 }

@@ -9,11 +9,14 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16"};
 }  // namespace
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+    return kNames[static_cast<int>(isa)];
+}
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
-    const bool avx2 = !!__builtin_cpu_supports("avx2") && !!__builtin_cpu_supports("fma") && !!__builtin_cpu_supports("f16c");
+    const bool avx2 =
+        !!__builtin_cpu_supports("avx2") && !!__builtin_cpu_supports("fma") && !!__builtin_cpu_supports("f16c");
 #ifdef PEFTKERN_EMULATE_AVX512
     const bool avx512 = avx2, avx512bf16 = avx2;
 #else
@@ -22,10 +25,14 @@ bool isa_supported(Isa isa) {
     const bool avx512bf16 = avx512 && !!__builtin_cpu_supports("avx512bf16");
 #endif
     switch (isa) {
-        case Isa::kScalar: return true;
-        case Isa::kAvx2: return avx2;
-        case Isa::kAvx512: return avx512;
-        case Isa::kAvx512Bf16: return avx512bf16;
+        case Isa::kScalar:
+            return true;
+        case Isa::kAvx2:
+            return avx2;
+        case Isa::kAvx512:
+            return avx512;
+        case Isa::kAvx512Bf16:
+            return avx512bf16;
     }
     return false;
 #else
@@ -39,7 +46,8 @@ Isa current_isa(const char** error) {
     if (forced && *forced) {
         for (int i = 0; i < kIsaCount; ++i) {
             if (std::strcmp(forced, kNames[i]) != 0) continue;
-            if (!isa_supported(static_cast<Isa>(i))) *error = "PEFTKERN_ISA names an instruction set that this CPU lacks";
+            if (!isa_supported(static_cast<Isa>(i)))
+                *error = "PEFTKERN_ISA names an instruction set that this CPU lacks";
             return static_cast<Isa>(i);
         }
         *error = "PEFTKERN_ISA must be scalar, avx2, avx512 or avx512bf16";

@@ -3,5 +3,5 @@
 // Above: the vector operations that the headers below are written in.
 #include "cpu/gemm_kernel.h"
 
-
-extern "C" const peftkern::GemmKernels peftkern_gemm_avx512 = {peftkern::run_tile<peftkern::Fp32Dot>, peftkern::Workspace::bytes};
+extern "C" const peftkern::GemmKernels peftkern_gemm_avx512 = {peftkern::run_tile<peftkern::Fp32Dot>,
+                                                               peftkern::Workspace::bytes};

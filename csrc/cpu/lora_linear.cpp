@@ -18,7 +18,8 @@ struct Adapter {
     int64_t rank;
 };
 
-Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, int64_t out_features, int64_t in_features) {
+Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, int64_t out_features,
+                   int64_t in_features) {
     check_shape(op, "lora_a", lora_a, lora_a.dim() == 2 && lora_a.size(1) == in_features,
                 "[rank, " + std::to_string(in_features) + "]");
     const int64_t rank = lora_a.size(0);
@@ -39,8 +40,8 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor a
                                        OptionalTensor bias, double dropout_p, OptionalTensor seed) {
     const char* op = "lora_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight base = weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features,
-                                  rows.columns);
+    const Weight base =
+        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
     const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, rows.columns);
     const Tensor wide_bias = bias_of(op, bias, out_features);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         bool need_x, bool need_a, bool need_b) {
     const char* op = "lora_linear_backward";
     const Rows dy = rows_of(op, "grad_y", grad_y), rows = rows_of(op, "x", x), low_rank = rows_of(op, "h", h);
-    const Weight base = weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns,
-                                  rows.columns);
+    const Weight base =
+        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns, rows.columns);
     const Adapter adapter = adapter_of(op, lora_a, lora_b, dy.columns, rows.columns);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
     check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");
@@ -89,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
         run(op, gemm);
     }
 
-    Tensor grad_x = need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type())
-                           : torch::stable::new_empty(grad_y, {0});
+    Tensor grad_x =
+        need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type()) : torch::stable::new_empty(grad_y, {0});
     if (need_x) {
         Gemm gemm = gemm_into(grad_x, dy.rows, rows.columns);
         add(gemm, times(dh_matrix, adapter.a.matrix, adapter.rank));

@@ -15,18 +15,25 @@ namespace {
 constexpr int64_t kAlignedColumns = 16;
 
 // Bit offset of element e of the 8 codes in a little-endian word: the first is the high nibble of the first byte.
-constexpr int nibble_shift(int e) { return 8 * (e / 2) + (e % 2 ? 0 : 4); }
+constexpr int nibble_shift(int e) {
+    return 8 * (e / 2) + (e % 2 ? 0 : 4);
+}
 
 // Compiled with -ffp-contract=off: product and sum are rounded one by one, as bitsandbytes does.
 inline float block_absmax(const Nf4& q, int64_t block) {
     if (!q.nested_absmax) return static_cast<const float*>(q.absmax)[block];
-    const float product = q.nested_quant_map[static_cast<const uint8_t*>(q.absmax)[block]] * q.nested_absmax[block >> 8];
+    const float product =
+        q.nested_quant_map[static_cast<const uint8_t*>(q.absmax)[block]] * q.nested_absmax[block >> 8];
     return product + q.offset;
 }
 
-inline int block_shift(const Nf4& q) { return __builtin_ctzll(static_cast<unsigned long long>(q.block_size)); }
+inline int block_shift(const Nf4& q) {
+    return __builtin_ctzll(static_cast<unsigned long long>(q.block_size));
+}
 
-inline bool aligned(const Nf4& q) { return q.columns % kAlignedColumns == 0; }
+inline bool aligned(const Nf4& q) {
+    return q.columns % kAlignedColumns == 0;
+}
 
 // The longest run of columns, a power of two up to `most`, that always shares one scale.
 inline int64_t granule(const Nf4& q, int64_t most) {
@@ -41,8 +48,8 @@ inline float nf4_value(const Nf4& q, int64_t row, int64_t column) {
     return kNf4Codebook[e & 1 ? byte & 15 : byte >> 4] * block_absmax(q, e >> block_shift(q));
 }
 
-// A chunk of rows of codes and decoded scales, [depth, tile columns], copied to dense memory. In the matrix the rows lie
-// powers of two apart: read stripe by stripe they evict each other (three times slower at 4096 columns, measured).
+// A chunk of rows of codes and decoded scales, [depth, tile columns], copied to dense memory. In the matrix the rows
+// lie powers of two apart: read stripe by stripe they evict each other (three times slower at 4096 columns, measured).
 constexpr int64_t kStagedDepth = 512;
 constexpr int64_t kStagedCodesPitch = kTileColumns / 2 + 64;
 constexpr size_t kStagedCodesBytes = (kStagedDepth + 1) * kStagedCodesPitch;

@@ -9,8 +9,8 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, OptionalTensor nested_a
                   OptionalTensor offset, int64_t block_size, int64_t out_features, OptionalTensor bias) {
     const char* op = "nf4_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features,
-                                    rows.columns);
+    const Weight weight =
+        weight_of(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
     const Tensor wide_bias = bias_of(op, bias, out_features);
     Tensor y = empty_with_columns(x, out_features);
     Gemm gemm = gemm_into(y, rows.rows, out_features);
@@ -25,8 +25,8 @@ Tensor nf4_linear_backward(Tensor grad_y, Tensor codes, Tensor absmax, OptionalT
                            int64_t in_features) {
     const char* op = "nf4_linear_backward";
     const Rows rows = rows_of(op, "grad_y", grad_y);
-    const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, rows.columns,
-                                    in_features);
+    const Weight weight =
+        weight_of(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, rows.columns, in_features);
     Tensor grad_x = empty_with_columns(grad_y, in_features);
     Gemm gemm = gemm_into(grad_x, rows.rows, in_features);
     add(gemm, times(rows.matrix, weight));

@@ -35,7 +35,7 @@ struct Bf16Dot {
         return w.c.weight_transposed ? dense_transposed<V>(w, emit) : dense_rows<V>(w, emit);
     }
 
-private:
+  private:
     // Two vectors of 8 columns x 2 depths, lanes alternating between the depths, to one vector of 16 columns.
     static W round_pairs(__m512 first, __m512 second) {
         return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
@@ -68,16 +68,17 @@ private:
             }
     }
 
-    // Two rows share a table of 32 rounded weights, 16 codes x their two scales, remade where a scale begins. One 16-bit
-    // look-up then gives 16 columns x 2 rows.
+    // Two rows share a table of 32 rounded weights, 16 codes x their two scales, remade where a scale begins. One
+    // 16-bit look-up then gives 16 columns x 2 rows.
     template <int V, class Emit>
     static void nf4_rows(const Columns& w, Emit emit) {
         const __m512 codebook = Simd::nf4_table();
-        // Of 8 bytes of both rows in each 128-bit lane: column c's byte of the first row in word 2c, of the second in 2c + 1.
-        const __m512i bytes = _mm512_add_epi8(
-            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 8, 8, 0, 0, 8, 8, 1, 1, 9, 9, 1, 1, 9, 9)),
-            _mm512_setr_epi64(0, 0, 0x0202020202020202, 0x0202020202020202, 0x0404040404040404, 0x0404040404040404,
-                              0x0606060606060606, 0x0606060606060606));
+        // Of 8 bytes of both rows in each 128-bit lane: column c's byte of the first row in word 2c, of the second in
+        // 2c + 1.
+        const __m512i bytes =
+            _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 8, 8, 0, 0, 8, 8, 1, 1, 9, 9, 1, 1, 9, 9)),
+                            _mm512_setr_epi64(0, 0, 0x0202020202020202, 0x0202020202020202, 0x0404040404040404,
+                                              0x0404040404040404, 0x0606060606060606, 0x0606060606060606));
         const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);  // even columns: the high nibble
         const __m512i low = _mm512_set1_epi32(0x000f000f), second = _mm512_set1_epi32(0x00100000);
         const int vectors_per_run = 1 << (w.staged.run_shift - 4);
@@ -148,7 +149,8 @@ private:
                 const __mmask16 pair = k + 1 < w.depth ? valid : 0;
                 const uint8_t* first = element_at(w.c.weight, w.depth_begin + k, w.begin + v * 16);
                 const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, first));
-                const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pair, first + 2 * w.c.weight.stride));
+                const __m512i high =
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pair, first + 2 * w.c.weight.stride));
                 emit(k / 2, v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
     }

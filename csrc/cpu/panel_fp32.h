@@ -11,10 +11,16 @@
 namespace peftkern {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+inline int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t element_bytes(Dtype dtype) {
+    return dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 inline const uint8_t* element_at(const Matrix& matrix, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(matrix.data) + (row * matrix.stride + column) * element_bytes(matrix.dtype);
@@ -29,9 +35,12 @@ inline Simd::F load_elements(const uint8_t* p, Dtype dtype, int64_t count) {
         p = padded;
     }
     switch (dtype) {
-        case Dtype::kBFloat16: return Simd::from_bf16(reinterpret_cast<const uint16_t*>(p));
-        case Dtype::kFloat16: return Simd::from_f16(reinterpret_cast<const uint16_t*>(p));
-        default: return Simd::load(reinterpret_cast<const float*>(p));
+        case Dtype::kBFloat16:
+            return Simd::from_bf16(reinterpret_cast<const uint16_t*>(p));
+        case Dtype::kFloat16:
+            return Simd::from_f16(reinterpret_cast<const uint16_t*>(p));
+        default:
+            return Simd::load(reinterpret_cast<const float*>(p));
     }
 }
 
@@ -39,9 +48,14 @@ inline void store_elements(uint8_t* p, Dtype dtype, int64_t count, Simd::F value
     alignas(64) uint8_t padded[4 * Simd::kLanes];
     uint8_t* target = count < Simd::kLanes ? padded : p;
     switch (dtype) {
-        case Dtype::kBFloat16: Simd::to_bf16(reinterpret_cast<uint16_t*>(target), value); break;
-        case Dtype::kFloat16: Simd::to_f16(reinterpret_cast<uint16_t*>(target), value); break;
-        default: Simd::store(reinterpret_cast<float*>(target), value);
+        case Dtype::kBFloat16:
+            Simd::to_bf16(reinterpret_cast<uint16_t*>(target), value);
+            break;
+        case Dtype::kFloat16:
+            Simd::to_f16(reinterpret_cast<uint16_t*>(target), value);
+            break;
+        default:
+            Simd::store(reinterpret_cast<float*>(target), value);
     }
     if (count < Simd::kLanes) memcpy(p, padded, static_cast<size_t>(count * element_bytes(dtype)));
 }
@@ -126,7 +140,7 @@ struct Fp32Dot {
         return w.c.weight_transposed ? dense_transposed<V>(w, emit) : dense_rows<V>(w, emit);
     }
 
-private:
+  private:
     static constexpr int L = Simd::kLanes;
 
     template <int V, class Emit>

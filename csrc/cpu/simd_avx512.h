@@ -76,7 +76,8 @@ struct Simd {
         }
         // Word j of quarter q is now in r[4 * row group + j] quarter q; gather the four row groups of each quarter.
         for (int j = 0; j < 4; ++j) {
-            const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+            const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88),
+                          b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
             const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
             const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
             out[j] = _mm512_shuffle_i32x4(a, c, 0x88);

@@ -7,7 +7,11 @@ Formula: w[e] = table[code[e]] * absmax[e // block_size], in fp32, rounded once 
 import torch
 from torch import Tensor
 
+from peftkern import backends
+from peftkern._native import ops
 from peftkern.nf4 import NF4Weight
+from peftkern.ops._linear import FLOATING
+from peftkern.ops._nf4 import check_nf4_weight
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, codebook
 
 
@@ -31,11 +35,36 @@ def nf4_dequantize_reference(q: NF4Weight, dtype: torch.dtype | None = None) -> 
 
 
 def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
-    """The dense weight [out, in] of an NF4Weight (QLoRA, arXiv 2305.14314, equation 6).
+    """The dense weight [out, in] of an NF4Weight (QLoRA, arXiv 2305.14314, equation 6). Carries no gradient.
 
     Args:
         q: the weight, flat or nested.
-        dtype: of the result; the dense weight's own dtype by default.
+        dtype: of the result, fp32, bf16, fp16 or float64; the dense weight's own by default.
         backend: "reference" or "cpu"; by default the fastest that runs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: parts of q that do not fit its shape, a dtype that is not one of these, or
+            a backend that cannot run this.
     """
-    return nf4_dequantize_reference(q, dtype)
+    check_nf4_weight("nf4_dequantize", q)
+    dtype = q.dtype if dtype is None else dtype
+    if dtype not in FLOATING:
+        raise TypeError(f"nf4_dequantize: dtype must be {' or '.join(map(str, FLOATING))}, got {dtype}")
+    out = q.codes.new_empty(0, dtype=dtype)
+    if backends.choose("nf4_dequantize", out, backend).implementation == "reference":
+        return nf4_dequantize_reference(q, dtype)
+    return ops.nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
+
+
+@torch.library.register_fake("peftkern::nf4_dequantize")
+def _fake(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)

@@ -1,0 +1,35 @@
+"""Fixtures that every test may use."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from peftkern._native import caps
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An instruction set level, in force for the test."""
+    if not caps.isas()[request.param]:
+        pytest.skip(f"this CPU lacks {request.param}")
+    monkeypatch.setenv("PEFTKERN_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def seed() -> int:
+    """torch's seed for the test, printed so that a failure can be repeated; PEFTKERN_TEST_SEED sets another."""
+    value = int(os.environ.get("PEFTKERN_TEST_SEED", "0"))
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
