@@ -1,5 +1,5 @@
 // The dropout mask of peftkern/ops/_dropout.py, regenerated: Philox4x32-10 (Salmon et al., SC 2011), one call per 8
-// columns. Written so that the compiler vectorises over 16 calls.
+// columns. A call's words stay in 64-bit lanes, where one multiplication gives the high and the low half.
 #pragma once
 
 #include <stdint.h>
@@ -9,44 +9,36 @@
 namespace peftkern {
 namespace {
 
-constexpr int kPhiloxCalls = 16;
-constexpr int kPhiloxColumns = 8 * kPhiloxCalls;
-
-// Random words of the calls for column groups first_group .. first_group + 15 of one row.
-inline void philox_words(uint64_t seed, uint64_t row, uint32_t first_group, uint32_t words[4][kPhiloxCalls]) {
-    for (int i = 0; i < kPhiloxCalls; ++i) {
-        words[0][i] = first_group + static_cast<uint32_t>(i);
-        words[1][i] = static_cast<uint32_t>(row);
-        words[2][i] = 0;
-        words[3][i] = static_cast<uint32_t>(row >> 32);
-    }
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// Bit i: whether column 8 * group + i of the row is kept, for the 8 * Simd::kCalls columns of as many calls.
+inline uint64_t keep_bits(const Dropout& dropout, uint64_t row, uint32_t group) {
+    using Q = Simd::Q;
+    Q c0 = Simd::calls_from(group), c1 = Simd::set1_64(row & 0xffffffff);
+    Q c2 = Simd::set1_64(0), c3 = Simd::set1_64(row >> 32);
+    const Q m0 = Simd::set1_64(0xD2511F53), m1 = Simd::set1_64(0xCD9E8D57);
+    uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kPhiloxCalls; ++i) {
-            const uint64_t a = words[0][i] * 0xD2511F53ull, b = words[2][i] * 0xCD9E8D57ull;
-            words[0][i] = static_cast<uint32_t>(b >> 32) ^ words[1][i] ^ key0;
-            words[1][i] = static_cast<uint32_t>(b);
-            words[2][i] = static_cast<uint32_t>(a >> 32) ^ words[3][i] ^ key1;
-            words[3][i] = static_cast<uint32_t>(a);
-        }
+        const Q a = Simd::multiply_low(c0, m0), b = Simd::multiply_low(c2, m1);
+        c0 = Simd::high_xor(b, c1, Simd::set1_64(key0));
+        c2 = Simd::high_xor(a, c3, Simd::set1_64(key1));
+        c1 = b;  // only the low halves are read from here on
+        c3 = a;
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
+    return Simd::at_least(c0, c1, c2, c3, dropout.threshold);
 }
 
-// values[c] *= keep_scale or 0, for columns column .. column + count - 1 of a row; column is a multiple of 8.
+// values[c] *= keep_scale or 0, for columns column .. column + count - 1 of a row; column is a multiple of 8. `values`
+// has room for a vector's overhang.
 inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t column, int64_t count, float* values) {
-    uint32_t words[4][kPhiloxCalls];
-    float keep[kPhiloxColumns];
-    for (int64_t done = 0; done < count; done += kPhiloxColumns) {
-        philox_words(dropout.seed, static_cast<uint64_t>(row), static_cast<uint32_t>((column + done) / 8), words);
-        for (int i = 0; i < kPhiloxCalls; ++i)
-            for (int e = 0; e < 4; ++e) {
-                keep[8 * i + e] = (words[e][i] & 0xffff) >= dropout.threshold ? dropout.keep_scale : 0.0f;
-                keep[8 * i + 4 + e] = (words[e][i] >> 16) >= dropout.threshold ? dropout.keep_scale : 0.0f;
-            }
-        const int64_t n = count - done < kPhiloxColumns ? count - done : kPhiloxColumns;
-        for (int64_t c = 0; c < n; ++c) values[done + c] = keep[c] != 0 ? values[done + c] * keep[c] : 0.0f;
+    constexpr int kColumns = 8 * Simd::kCalls;
+    const Simd::F scale = Simd::set1(dropout.keep_scale);
+    for (int64_t done = 0; done < count; done += kColumns) {
+        uint64_t bits = keep_bits(dropout, static_cast<uint64_t>(row), static_cast<uint32_t>((column + done) / 8));
+        const int64_t end = done + kColumns < count ? done + kColumns : count;
+        for (int64_t c = done; c < end; c += Simd::kLanes, bits >>= Simd::kLanes % 64)
+            Simd::store(values + c, Simd::keep(bits, Simd::load(values + c) * scale));
     }
 }
 

@@ -80,6 +80,39 @@ struct Simd {
             out[i + 4] = _mm256_castps_si256(_mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
         }
     }
+
+    // Philox: 64-bit lanes, a call in each, ordered so that at_least's interleave puts the columns in order.
+    using Q = __m256i;
+    static constexpr int kCalls = 4;
+    static Q set1_64(uint64_t v) { return _mm256_set1_epi64x(static_cast<long long>(v)); }
+    static Q calls_from(uint32_t first) { return _mm256_add_epi64(set1_64(first), _mm256_setr_epi64x(0, 2, 1, 3)); }
+    static Q multiply_low(Q a, Q b) { return _mm256_mul_epu32(a, b); }
+    // (a >> 32) ^ b ^ c
+    static Q high_xor(Q a, Q b, Q c) { return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), b), c); }
+    // Which of the 16-bit numbers, words 0..3's low halves and then their high halves of each call, reach the
+    // threshold.
+    static uint64_t at_least(Q w0, Q w1, Q w2, Q w3, uint32_t threshold) {
+        if (threshold > 0xffff) return 0;
+        const __m256i pair0 = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xaa);  // words 0, 1
+        const __m256i pair1 = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xaa);
+        // 16-bit numbers (low, high) of each word -> low halves of four words, high halves of four words: 0, 2, 1, 3.
+        const __m256i low = _mm256_blend_epi16(pair0, _mm256_slli_epi32(pair1, 16), 0xaa);
+        const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(pair0, 16), pair1, 0xaa);
+        const __m256i in_order = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0f0e0b0a0d0c0908, 0x0706030205040100));
+        const __m256i a = _mm256_shuffle_epi8(_mm256_unpacklo_epi64(low, high), in_order);
+        const __m256i b = _mm256_shuffle_epi8(_mm256_unpackhi_epi64(low, high), in_order);
+        const __m256i limit = _mm256_set1_epi16(static_cast<short>(threshold));
+        const __m256i kept_a = _mm256_cmpeq_epi16(_mm256_max_epu16(a, limit), a);
+        const __m256i kept_b = _mm256_cmpeq_epi16(_mm256_max_epu16(b, limit), b);
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(kept_a, kept_b), 0xd8);
+        return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+    }
+    // v in the lanes whose bit is set, else 0.
+    static F keep(uint64_t bits, F v) {
+        const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+        return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each)));
+    }
 };
 
 }  // namespace

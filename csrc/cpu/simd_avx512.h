@@ -86,6 +86,35 @@ struct Simd {
             out[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
         }
     }
+
+    // Philox: 64-bit lanes, a call in each, ordered so that at_least's interleave puts the columns in order.
+    using Q = __m512i;
+    static constexpr int kCalls = 8;
+    static Q set1_64(uint64_t v) { return _mm512_set1_epi64(static_cast<long long>(v)); }
+    static Q calls_from(uint32_t first) {
+        return _mm512_add_epi64(set1_64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    static Q multiply_low(Q a, Q b) { return _mm512_mul_epu32(a, b); }
+    // (a >> 32) ^ b ^ c
+    static Q high_xor(Q a, Q b, Q c) { return _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), b, c, 0x96); }
+    // Which of the 16-bit numbers, words 0..3's low halves and then their high halves of each call, reach the
+    // threshold.
+    static uint64_t at_least(Q w0, Q w1, Q w2, Q w3, uint32_t threshold) {
+        if (threshold > 0xffff) return 0;
+        const __m512i pair0 = _mm512_mask_blend_epi32(0xaaaa, w0, _mm512_slli_epi64(w1, 32));  // words 0, 1
+        const __m512i pair1 = _mm512_mask_blend_epi32(0xaaaa, w2, _mm512_slli_epi64(w3, 32));
+        // 16-bit numbers (low, high) of each word -> low halves of four words, high halves of four words.
+        const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, pair0, _mm512_slli_epi32(pair1, 16));
+        const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(pair0, 16), pair1);
+        // Now numbers 0, 2, 1, 3 of the call: put in order.
+        const __m512i in_order = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0f0e0b0a0d0c0908, 0x0706030205040100));
+        const __m512i a = _mm512_shuffle_epi8(_mm512_unpacklo_epi64(low, high), in_order);
+        const __m512i b = _mm512_shuffle_epi8(_mm512_unpackhi_epi64(low, high), in_order);
+        const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
+        return _mm512_cmpge_epu16_mask(a, limit) | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(b, limit)) << 32;
+    }
+    // v in the lanes whose bit is set, else 0.
+    static F keep(uint64_t bits, F v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
 };
 
 }  // namespace

@@ -103,6 +103,32 @@ struct Simd {
             for (int j = 0; j < kLanes; ++j) out[j][c] = words[j];
         }
     }
+
+    // Philox: 64-bit lanes, a call in each.
+    typedef uint64_t Q __attribute__((vector_size(32)));
+    static constexpr int kCalls = 4;
+    static Q set1_64(uint64_t v) { return Q{} + v; }
+    static Q calls_from(uint32_t first) { return set1_64(first) + Q{0, 1, 2, 3}; }
+    static Q multiply_low(Q a, Q b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+    // (a >> 32) ^ b ^ c
+    static Q high_xor(Q a, Q b, Q c) { return (a >> 32) ^ b ^ c; }
+    // Which of the 16-bit numbers, words 0..3's low halves and then their high halves of each call, reach the
+    // threshold.
+    static uint64_t at_least(Q w0, Q w1, Q w2, Q w3, uint32_t threshold) {
+        const Q words[4] = {w0, w1, w2, w3};
+        uint64_t bits = 0;
+        for (int call = 0; call < kCalls; ++call)
+            for (int e = 0; e < 8; ++e) {
+                const uint64_t number = words[e & 3][call] >> (e < 4 ? 0 : 16) & 0xffff;
+                bits |= static_cast<uint64_t>(number >= threshold) << (8 * call + e);
+            }
+        return bits;
+    }
+    // v in the lanes whose bit is set, else 0.
+    static F keep(uint64_t bits, F v) {
+        for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
+        return v;
+    }
 };
 
 }  // namespace
