@@ -37,16 +37,6 @@ PYBIND11_MODULE(_caps, m) {
         "nf4_codebook", [] { return std::vector<float>(kNf4Codebook, kNf4Codebook + 16); },
         "The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E), ascending.");
     m.def(
-        "build_info",
-        [] {
-            std::map<std::string, std::string> info;
-            info["compiler"] = __VERSION__;
-#ifdef PEFTKERN_EMULATE_AVX512
-            info["avx512"] = "emulated";
-#else
-            info["avx512"] = "native";
-#endif
-            return info;
-        },
+        "build_info", [] { return std::map<std::string, std::string>{{"compiler", __VERSION__}}; },
         "Compiler and build options.");
 }

@@ -219,7 +219,7 @@ def test_native_op_checks_its_arguments() -> None:
     for position, value, message in (
         (0, codes[1:], "codes must be Byte with 160 elements, got Byte with 159"),
         (1, absmax.float(), "absmax must be Byte with 10 elements, got Float with 10"),
-        (2, None, "absmax must be Float"),
+        (2, None, "nested_absmax, nested_quant_map and offset must be given together"),
         (2, torch.ones(2), "nested_absmax must be Float with 1 elements"),
         (3, None, "nested_absmax, nested_quant_map and offset must be given together"),
         (4, torch.ones(2), "offset must be Float with 1 elements"),

@@ -137,14 +137,14 @@ Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& abs
     STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is missing");
     const int64_t numel = out_features * in_features, blocks = divide_up(numel, block_size);
     const bool nested = nested_absmax.has_value();
+    STD_TORCH_CHECK(nested_quant_map.has_value() == nested && offset.has_value() == nested, op,
+                    ": nested_absmax, nested_quant_map and offset must be given together");
     w.is_nf4 = true;
     w.codes = matching(op, "codes", weight, ScalarType::Byte, divide_up(numel, 2));
     w.absmax = matching(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
     w.nf4 = {
         w.codes.const_data_ptr<uint8_t>(), w.absmax.const_data_ptr(), nullptr, nullptr, 0, block_size, in_features};
     if (nested) {
-        STD_TORCH_CHECK(nested_quant_map.has_value() && offset.has_value(), op,
-                        ": a nested absmax needs nested_quant_map and offset");
         w.nested_absmax = matching(op, "nested_absmax", *nested_absmax, ScalarType::Float, divide_up(blocks, 256));
         w.nested_quant_map = matching(op, "nested_quant_map", *nested_quant_map, ScalarType::Float, 256);
         w.nf4.nested_absmax = w.nested_absmax.const_data_ptr<float>();

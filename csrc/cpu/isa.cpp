@@ -17,13 +17,9 @@ bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
     const bool avx2 =
         !!__builtin_cpu_supports("avx2") && !!__builtin_cpu_supports("fma") && !!__builtin_cpu_supports("f16c");
-#ifdef PEFTKERN_EMULATE_AVX512
-    const bool avx512 = avx2, avx512bf16 = avx2;
-#else
     const bool avx512 = avx2 && !!__builtin_cpu_supports("avx512f") && !!__builtin_cpu_supports("avx512bw") &&
                         !!__builtin_cpu_supports("avx512vl") && !!__builtin_cpu_supports("avx512dq");
     const bool avx512bf16 = avx512 && !!__builtin_cpu_supports("avx512bf16");
-#endif
     switch (isa) {
         case Isa::kScalar:
             return true;
