@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
 	touch $@
 
 clean:

@@ -1,5 +1,8 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
 
+from peftkern import nn
+from peftkern.explain import explain, report
+from peftkern.model import add_lora, load_adapter, quantize, save_adapter
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
@@ -8,4 +11,17 @@ from peftkern.ops.nf4_quantize import nf4_quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["NF4Weight", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "NF4Weight",
+    "add_lora",
+    "explain",
+    "load_adapter",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+    "nn",
+    "quantize",
+    "report",
+    "save_adapter",
+]

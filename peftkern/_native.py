@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from peftkern import _caps
+import peftkern._caps as caps
 
 torch.ops.load_library(Path(__file__).parent / "_C.abi3.so")
 
 ops = torch.ops.peftkern
-caps = _caps
+
+__all__ = ["caps", "ops"]

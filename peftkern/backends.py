@@ -7,7 +7,9 @@ A backend asked for by name runs or raises; only auto chooses. The rule for auto
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +22,18 @@ class Choice(NamedTuple):
 
     implementation: str
     reason: str
+
+
+class _Chosen(Exception):
+    """Carries a choice out of a call that must not run."""
+
+    def __init__(self, op: str, choice: Choice) -> None:
+        super().__init__(op, choice)
+        self.op = op
+        self.choice = choice
+
+
+_stop_at_choice: ContextVar[bool] = ContextVar("peftkern_stop_at_choice", default=False)
 
 
 def _requested(backend: str | None) -> tuple[str, str]:
@@ -38,6 +52,25 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None) -> Choice:
         ValueError: the backend's name is unknown.
         RuntimeError: the backend asked for cannot run this input.
     """
+    choice = _choose(op, x, backend)
+    if not torch.compiler.is_compiling() and _stop_at_choice.get():
+        raise _Chosen(op, choice)
+    return choice
+
+
+def choice_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Choice] | None:
+    """The op and implementation that a call would choose first; the call ends there. None if it chooses nothing."""
+    token = _stop_at_choice.set(True)
+    try:
+        function(*args, **kwargs)
+    except _Chosen as chosen:
+        return chosen.op, chosen.choice
+    finally:
+        _stop_at_choice.reset(token)
+    return None
+
+
+def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
     name, why = _requested(backend)
     if name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")

@@ -1,8 +1,9 @@
 """The dropout mask of every backend: Philox4x32-10 (Salmon et al., SC 2011), regenerated and never stored.
 
-One call per 8 columns: key = seed, counter = (column >> 3, row low, stream, row high). Element e = column & 7 takes word
-e & 3, its low 16 bits for e < 4 and its high 16 bits otherwise. It is kept iff those bits are >= round(p * 65536), and
-kept values are multiplied by 65536 / (65536 - round(p * 65536)): the expectation is exact, p is quantised to 1.5e-5.
+One call per 8 columns: key = seed, counter = (column >> 3, row low, stream, row high). Element e = column & 7 takes
+word e & 3, its low 16 bits for e < 4 and its high 16 bits otherwise. It is kept iff those bits are at least
+round(p * 65536), and kept values are multiplied by 65536 / (65536 - round(p * 65536)): the expectation is exact, p is
+quantised to 1.5e-5.
 """
 
 import torch

@@ -1,0 +1,237 @@
+"""What will run and what it holds: `explain` for calls, `report` for models."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import backends
+from peftkern.model import outer_modules
+from peftkern.nn._merge import weight_dtype
+from peftkern.nn.lora_linear import LoRALinear
+from peftkern.nn.nf4_linear import NF4Linear
+from peftkern.ops._linear import autocast
+
+NAMES_SHOWN = 5
+
+
+class Explanation(NamedTuple):
+    """Which implementation runs an op.
+
+    Attributes:
+        name: the module's path, or the function's name.
+        op: a peftkern op, or "linear" for torch's.
+        implementation: "reference", "cpu", ...; "torch" for torch's own op; "none" if what was asked for cannot run.
+        reason: why.
+    """
+
+    name: str
+    op: str
+    implementation: str
+    reason: str
+
+
+def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Which implementation would run, and why. Nothing is computed and no random number drawn.
+
+    Args:
+        target: a model: one record per NF4Linear and LoRALinear in it. Or a public function of peftkern: one record.
+        args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
+            model's first tensor gives the device, and the dtype if it is floating point.
+
+    Raises:
+        TypeError: `target` is neither.
+        TypeError, ValueError, RuntimeError: what the function itself raises for these arguments before it chooses.
+    """
+    if isinstance(target, nn.Module):
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = next(tensors, None)
+        return [
+            _explain_layer(path, module, x)
+            for path, module in outer_modules(target)
+            if isinstance(module, LoRALinear | NF4Linear)
+        ]
+    name = getattr(target, "__name__", type(target).__name__)
+    if not callable(target) or not getattr(target, "__module__", "").startswith("peftkern.ops."):
+        raise TypeError(f"explain: target must be an nn.Module or a function of peftkern, got {name}")
+    with torch.random.fork_rng(devices=[]):
+        chosen = backends.choice_of(target, *args, **kwargs)
+    if chosen is None:
+        return [Explanation(name, name, "reference", "the only implementation")]
+    op, choice = chosen
+    return [Explanation(name, op, choice.implementation, choice.reason)]
+
+
+def _explain_layer(path: str, layer: LoRALinear | NF4Linear, x: Tensor | None) -> Explanation:
+    plain = layer.effective_layer if isinstance(layer, LoRALinear) else layer
+    state = _state(layer)
+    if plain is not None and not isinstance(plain, NF4Linear):
+        return Explanation(path, "linear", "torch", f"{state}: a dense layer alone")
+    op = "lora_linear" if plain is None else "nf4_linear"
+    base = cast(LoRALinear, layer).base_layer if plain is None else plain
+    probe, _ = autocast(_probe(base, x), None)
+    try:
+        implementation, reason = backends.choose(op, probe)
+    except RuntimeError as error:
+        implementation, reason = "none", str(error)
+    return Explanation(path, op, implementation, f"{state}; {reason}" if state else reason)
+
+
+def _probe(base: nn.Linear, x: Tensor | None) -> Tensor:
+    """An input like the one that the op on this base will get, of one row."""
+    dtype = weight_dtype(base)
+    if x is not None and x.is_floating_point():
+        dtype = x.dtype
+    if isinstance(base, NF4Linear) and base.compute_dtype is not None:
+        dtype = base.compute_dtype
+    return torch.empty(1, base.in_features, dtype=dtype, device=base.weight.device if x is None else x.device)
+
+
+def _state(layer: LoRALinear | NF4Linear) -> str:
+    """Why a LoRALinear does not run its adapter; empty if it does."""
+    if isinstance(layer, NF4Linear) or layer.effective_layer is None:
+        return ""
+    if not layer.enabled:
+        return "adapters disabled"
+    return "merged" if layer.merged else "no active adapter"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module that holds tensors.
+
+    Attributes:
+        name: its path.
+        method: "LoRA r=8", "QLoRA r=8", "NF4", "trained" or "frozen".
+        implementation: what will run it, see `Explanation`.
+        trainable_parameters, parameters: elements; of an NF4 weight those of the dense one.
+        bytes: of parameters and buffers. A tensor that modules share counts in the first.
+    """
+
+    name: str
+    method: str
+    implementation: str
+    trainable_parameters: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found; `print` shows it as a table in which layers of the same kind are one line.
+
+    Attributes:
+        rows: one per module that holds tensors; what is inside a LoRALinear counts there.
+        no_gradient: trainable tensors whose grad is None although others have one. Empty before a backward.
+        zero_gradient: trainable tensors whose grad is all zeros. In the first step of a new adapter every lora_A is.
+    """
+
+    rows: list[Row]
+    no_gradient: list[str]
+    zero_gradient: list[str]
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(row.trainable_parameters for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) or "(model)"
+            groups.setdefault((pattern, row.method, row.implementation), []).append(row)
+        lines = [_cells(*key, rows) for key, rows in groups.items()]
+        header = ("module", "count", "method", "runs on", "trainable", "parameters", "MiB")
+        table = _table([header, *lines, _cells("total", "", "", self.rows)])
+        share = self.trainable_parameters / max(1, self.parameters)
+        notes = [f"{share:.2%} of the parameters are trainable"]
+        missed = {"no gradient": self.no_gradient, "zero gradient": self.zero_gradient}
+        notes += [f"{what}: {_shortened(names)}" for what, names in missed.items() if names]
+        return "\n".join([table, *notes])
+
+
+def report(model: nn.Module) -> Report:
+    """What each module of a model is, runs on and holds; after a backward also which trainable tensors it missed.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
+    implementations = {record.name: record.implementation for record in explain(model)}
+    seen: set[int] = set()
+    rows = [_row(path, module, implementations.get(path, "torch"), seen) for path, module in outer_modules(model)]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    after_backward = any(p.grad is not None for p in trainable.values())
+    return Report(
+        [row for row in rows if row.bytes],
+        [name for name, p in trainable.items() if after_backward and p.grad is None],
+        [name for name, p in trainable.items() if p.grad is not None and not p.grad.any()],
+    )
+
+
+def _row(path: str, module: nn.Module, implementation: str, seen: set[int]) -> Row:
+    """The row of a module, without the tensors in `seen`, to which its own are added."""
+    owners = list(module.modules()) if isinstance(module, LoRALinear) else [module]
+    tensors = [
+        (owner, t) for owner in owners for t in (*owner.parameters(recurse=False), *owner.buffers(recurse=False))
+    ]
+    new = {id(t): (owner, t) for owner, t in tensors if id(t) not in seen}
+    seen.update(new)
+    parameters = [(t, _elements(owner, t)) for owner, t in new.values() if isinstance(t, nn.Parameter)]
+    trainable = sum(elements for t, elements in parameters if t.requires_grad)
+    size = sum(t.nbytes for _, t in new.values())
+    if isinstance(module, LoRALinear) and module.merged_layer is not None:
+        bias = module.merged_layer.bias
+        size += sum(t.nbytes for t in module.merged_layer.state_dict(keep_vars=True).values() if t is not bias)
+    total = sum(elements for _, elements in parameters)
+    return Row(path, _method(module, trainable), implementation, trainable, total, size)
+
+
+def _elements(owner: nn.Module, parameter: nn.Parameter) -> int:
+    if isinstance(owner, NF4Linear) and parameter is owner.weight:
+        return owner.in_features * owner.out_features
+    return parameter.numel()
+
+
+def _method(module: nn.Module, trainable: int) -> str:
+    if isinstance(module, NF4Linear):
+        return "NF4"
+    if not isinstance(module, LoRALinear):
+        return "trained" if trainable else "frozen"
+    kind = "QLoRA" if isinstance(module.base_layer, NF4Linear) else "LoRA"
+    rank = "" if module.active_adapter is None else f" r={module.settings[module.active_adapter].rank}"
+    state = _state(module)
+    return f"{kind}{rank}" + (f", {state}" if state else "")
+
+
+def _cells(name: str, method: str, implementation: str, rows: list[Row]) -> tuple[str, ...]:
+    trainable, parameters = (sum(getattr(row, f) for row in rows) for f in ("trainable_parameters", "parameters"))
+    size = sum(row.bytes for row in rows)
+    return name, f"{len(rows)}", method, implementation, f"{trainable:,}", f"{parameters:,}", f"{size / 2**20:,.1f}"
+
+
+def _table(lines: list[tuple[str, ...]]) -> str:
+    """Columns aligned, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    right = (False, True, False, False, True, True, True)
+    padded = (
+        "  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(line, widths, right))
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

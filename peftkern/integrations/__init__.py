@@ -1,0 +1,1 @@
+"""Other libraries' formats and hooks. Nothing here imports those libraries until a function of theirs is needed."""
