@@ -1,0 +1,1 @@
+"""Microbenchmarks: what an op costs on this machine, against the peers and the machine's limits."""

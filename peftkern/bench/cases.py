@@ -1,0 +1,93 @@
+"""What is timed for one shape and number of rows: op and pass -> contenders."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from peftkern.bench import contenders as c
+from peftkern.bench.measure import ROTATED_BYTES, Run
+from peftkern.ops.nf4_quantize import nf4_quantize
+
+CASES = (
+    "nf4_quantize",
+    "nf4_dequantize",
+    "nf4_linear forward",
+    "nf4_linear forward+backward",
+    "nf4_linear forward fp32",
+    "lora_linear nf4 forward+backward",
+    "lora_linear nf4 forward+backward dropout 0.1",
+    "lora_linear dense forward+backward",
+)
+
+
+def contenders(
+    case: str, out_features: int, in_features: int, rows: int, rotated: int = ROTATED_BYTES
+) -> dict[str, Run]:
+    """Name -> run(i) for one case; "peftkern" is first. Peers that are not installed are left out.
+
+    Raises:
+        ValueError: there is no such case.
+    """
+    shape = out_features, in_features
+    if case in ("nf4_quantize", "nf4_dequantize"):
+        return _conversions(case, shape, rotated)
+    dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, in_features, generator=generator).to(dtype)
+    step = c.forward_backward(x, torch.randn(rows, out_features, generator=generator).to(dtype))
+    nf4, dense = partial(c.nf4_linear, *shape), partial(c.dense_linear, *shape, dtype)
+    rotate = partial(c.rotate, rotated=rotated)
+
+    if case in ("nf4_linear forward", "nf4_linear forward fp32"):
+        runs = {"peftkern": rotate(nf4, c.forward(x)), f"torch dense {str(dtype)[6:]}": rotate(dense, c.dense_call(x))}
+        if dtype == torch.bfloat16 and c.has("bitsandbytes"):
+            runs["bitsandbytes eval"] = rotate(lambda: c.bnb_linear(*shape).eval(), c.forward(x))
+        return runs
+    if case == "nf4_linear forward+backward":
+        runs = {"peftkern": rotate(nf4, step)}
+        if c.has("bitsandbytes"):
+            runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
+        return runs
+    dropout = 0.1 if "dropout" in case else 0.0
+    if case.startswith("lora_linear nf4"):
+        runs = {"peftkern": rotate(lambda: c.lora(nf4(), dropout), step), "peftkern nf4_linear": rotate(nf4, step)}
+        if c.has("bitsandbytes") and c.has("peft"):
+            runs["PEFT + bitsandbytes"] = rotate(lambda: c.peft_lora(c.bnb_linear(*shape), dropout), step)
+        return runs
+    if case == "lora_linear dense forward+backward":
+        runs = {"peftkern": rotate(lambda: c.lora(dense(), dropout), step)}
+        if c.has("peft"):
+            runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)
+        return runs
+    raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
+
+
+def _conversions(case: str, shape: tuple[int, int], rotated: int) -> dict[str, Run]:
+    """Dense bf16 to NF4 (double quantisation) and back."""
+    if case == "nf4_quantize":
+        build = partial(c.dense_linear, *shape, torch.bfloat16)
+        runs = {"peftkern": c.rotate(build, lambda layer: nf4_quantize(layer.weight), rotated)}
+        if c.has("bitsandbytes"):
+            runs["bitsandbytes"] = c.rotate(build, lambda layer: c.bnb_quantize(layer.weight), rotated)
+        return runs
+    runs = {"peftkern": c.rotate(partial(c.nf4_linear, *shape), lambda layer: layer.dequantize(), rotated)}
+    if c.has("bitsandbytes"):
+        runs["bitsandbytes"] = c.rotate(partial(c.bnb_linear, *shape), c.bnb_dequantize, rotated)
+    return runs
+
+
+def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[float, float]:
+    """(bytes that must be moved at least once, floating-point operations) of one case.
+
+    Each pass reads the weight once (NF4: 4.127 bits an element with double quantisation) and its activations once.
+    """
+    if case in ("nf4_quantize", "nf4_dequantize"):
+        return out_features * in_features * (2 + 4.127 / 8), 0.0
+    element = 4 if case.endswith("fp32") else 2
+    weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
+    activations = rows * (in_features + out_features) * element
+    passes = 2 if "backward" in case else 1
+    lora = 6 * 2 * rows * c.RANK * (in_features + out_features) / 2 if case.startswith("lora") else 0.0
+    return passes * (weight + activations), passes * 2.0 * rows * out_features * in_features + lora

@@ -1,0 +1,138 @@
+"""The layers that are timed against each other, each on enough copies of its weight that caches do not help."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkern.bench.measure import ROTATED_BYTES, Run, copies
+from peftkern.integrations.bitsandbytes import bnb_state_dict
+from peftkern.nn import LoRALinear, NF4Linear
+
+RANK = 16
+
+
+def has(package: str) -> bool:
+    """Whether a peer is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def nf4_linear(out_features: int, in_features: int) -> NF4Linear:
+    """An NF4Linear with random bytes: speed does not depend on them, and quantising takes time."""
+    layer = NF4Linear(in_features, out_features, bias=False, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+    layer.weight.data.random_(0, 256)
+    layer.absmax.random_(0, 256)
+    assert layer.nested_absmax is not None and layer.nested_quant_map is not None and layer.offset is not None
+    layer.nested_absmax.fill_(0.02)
+    layer.nested_quant_map.copy_(torch.linspace(-1, 1, 256))
+    layer.offset.fill_(0.03)
+    return layer
+
+
+def dense_linear(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Linear:
+    """A dense layer with small random weights."""
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+    nn.init.uniform_(layer.weight, -0.02, 0.02)
+    return layer.requires_grad_(False)
+
+
+def bnb_linear(out_features: int, in_features: int) -> nn.Module:
+    """A bitsandbytes Linear4bit (NF4, double quantisation, bf16) with the bytes of ours."""
+    import bitsandbytes as bnb
+
+    state = bnb_state_dict(nf4_linear(out_features, in_features))
+    codes = state.pop("weight")
+    layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
+    layer.weight = bnb.nn.Params4bit.from_prequantized(codes, state, device="cpu", module=layer)
+    return layer
+
+
+def bnb_quantize(weight: Tensor) -> Any:
+    """bitsandbytes' NF4 with double quantisation."""
+    import bitsandbytes.functional as functional
+
+    return functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+
+
+def bnb_dequantize(layer: Any) -> Tensor:
+    """The dense weight of a Linear4bit."""
+    import bitsandbytes.functional as functional
+
+    return functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+
+
+class _Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def peft_lora(layer: nn.Module, dropout: float) -> nn.Module:
+    """HF PEFT's LoRA of rank 16 with fp32 adapters around a layer."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=["layer"])
+    model: Any = get_peft_model(_Holder(layer), config)  # type: ignore[arg-type]
+    wrapped = model.base_model.model.layer
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    nn.init.normal_(wrapped.lora_B["default"].weight, std=0.01)
+    return wrapped.train()
+
+
+def lora(layer: nn.Linear, dropout: float) -> LoRALinear:
+    """Our LoRA of the same shape."""
+    wrapped = LoRALinear(layer, rank=RANK, alpha=2 * RANK, dropout=dropout)
+    nn.init.normal_(wrapped.factors("default")[1], std=0.01)
+    return wrapped.train()
+
+
+def _bytes(layer: nn.Module) -> int:
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def rotate(build: Callable[[], nn.Module], call: Callable[[Any], Any], rotated: int = ROTATED_BYTES) -> Run:
+    """`call` on copies that take turns; a single copy with rotated=0, which then stays in cache."""
+    first = build()
+    layers = [first, *(build() for _ in range(copies(_bytes(first), rotated) - 1))]
+    return lambda i: call(layers[i % len(layers)])
+
+
+def forward(x: Tensor) -> Callable[[nn.Module], Tensor]:
+    """A forward pass without gradients."""
+
+    def call(layer: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    return call
+
+
+def forward_backward(x: Tensor, grad: Tensor) -> Callable[[nn.Module], None]:
+    """A training step of the layer: gradients of x and of whatever the layer trains."""
+    x = x.clone().requires_grad_()
+
+    def call(layer: nn.Module) -> None:
+        layer(x).backward(grad)
+        x.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+
+    return call
+
+
+def dense_call(x: Tensor) -> Callable[[nn.Linear], Tensor]:
+    """torch's F.linear on a dense layer."""
+
+    def call(layer: nn.Linear) -> Tensor:
+        with torch.no_grad():
+            return F.linear(x, layer.weight)
+
+    return call
