@@ -27,17 +27,17 @@ extern "C" double read_bandwidth(const uint8_t* buffer, int64_t bytes, double se
 
 // 16 independent accumulators, more than latency x ports.
 #define REPEAT16(M) M(8) M(9) M(10) M(11) M(12) M(13) M(14) M(15) M(8) M(9) M(10) M(11) M(12) M(13) M(14) M(15)
-#define PEAK(name, instruction, operations)                                                             \
-    extern "C" double name(double seconds) {                                                            \
-        const double begin = now();                                                                     \
-        int64_t rounds = 0;                                                                             \
-        do {                                                                                            \
-            for (int i = 0; i < 10000; ++i)                                                             \
-                __asm__ volatile(REPEAT16(instruction)::: "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",    \
-                                 "xmm13", "xmm14", "xmm15");                                            \
-            ++rounds;                                                                                   \
-        } while (now() - begin < seconds);                                                              \
-        return static_cast<double>(rounds) * 10000 * 16 * operations / (now() - begin);                 \
+#define PEAK(name, instruction, operations)                                                                   \
+    extern "C" double name(double seconds) {                                                                  \
+        const double begin = now();                                                                           \
+        int64_t rounds = 0;                                                                                   \
+        do {                                                                                                  \
+            for (int i = 0; i < 10000; ++i)                                                                   \
+                __asm__ volatile(REPEAT16(instruction)::                                                      \
+                                     : "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"); \
+            ++rounds;                                                                                         \
+        } while (now() - begin < seconds);                                                                    \
+        return static_cast<double>(rounds) * 10000 * 16 * operations / (now() - begin);                       \
     }
 
 #ifdef __FMA__

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,16 +24,30 @@ from peftkern._native import caps
 from peftkern.bench.cases import CASES, contenders, work
 from peftkern.bench.measure import ROTATED_BYTES, interleaved, machine
 
+ROOT = Path(__file__).parents[1]
 PEER_ISA = {"avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    """The arguments, all checked; `shapes` as a list.
+
+    Raises:
+        SystemExit: 2, after one line that names the argument.
+    """
+    parser = _Parser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--shapes", default="table", help=f"{', '.join(shapes.SHAPES)}, or OUTxIN,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(shapes.ROWS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--isa", default=None, help="instruction set of our kernels (PEFTKERN_ISA)")
+    isas = [name for name, present in caps.isas().items() if present]
+    parser.add_argument("--isa", default=None, choices=isas, help="instruction set of our kernels (PEFTKERN_ISA)")
     parser.add_argument("--peer-isa", default=None, choices=list(PEER_ISA), help="hold torch's kernels to this level")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds per case")
     parser.add_argument("--cached", action="store_true", help="also time one copy of each weight, which may be cached")
@@ -42,26 +57,66 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.shapes, args.rows, args.threads, args.budget = "512x512", [1, 16], [1], 0.05
+    for name in ("rows", "threads"):
+        if min(getattr(args, name)) < 1:
+            parser.error(f"--{name} must be positive, got {min(getattr(args, name))}")
+    if not args.budget >= 0:
+        parser.error(f"--budget must be a number of seconds, got {args.budget:g}")
+    if args.output is not None and not args.output.parent.is_dir():
+        parser.error(f"--output: {args.output.parent} is not a folder")
+    try:
+        args.shapes = shape_list(args.shapes)
+        if args.isa is None:
+            caps.isa()
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     return args
 
 
 def shape_list(text: str) -> list[tuple[int, int]]:
-    """The shapes that --shapes names."""
+    """The shapes that --shapes names.
+
+    Raises:
+        ValueError: it names none.
+    """
     if text in shapes.SHAPES:
         return shapes.SHAPES[text]
     pairs = [item.split("x") for item in text.split(",")]
-    if any(len(pair) != 2 or not all(part.isdigit() for part in pair) for pair in pairs):
-        raise SystemExit(f"--shapes must be one of {', '.join(shapes.SHAPES)} or OUTxIN,OUTxIN, got {text!r}")
+    if any(len(pair) != 2 or not all(part.isdigit() and int(part) for part in pair) for pair in pairs):
+        raise ValueError(f"--shapes must be one of {', '.join(shapes.SHAPES)} or OUTxIN,OUTxIN, got {text!r}")
     return [(int(out), int(columns)) for out, columns in pairs]
+
+
+def recorded_command(arguments: list[str]) -> str:
+    """The command line that repeats a run, without the place of its output."""
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--output")
+    return shlex.join(["python", "-m", "benchmarks.run", *output.parse_known_args(arguments)[1]])
+
+
+def commit() -> str | None:
+    """The commit of this checkout, marked if files in it have changed; None outside one."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip() or None
+
+
+def write_report(report: dict[str, Any], output: Path | None) -> None:
+    """Writes JSON, whole or not at all; to the standard output if there is no file."""
+    text = json.dumps(report, indent=1) + "\n"
+    if output is None:
+        print(text, end="")
+        return
+    temporary = output.with_name(f".{output.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, output)
 
 
 def run_case(case: str, shape: tuple[int, int], rows: int, args: argparse.Namespace, limits: dict[str, float]) -> list:
     """The result rows of one case."""
     results = []
     floor, limit = peaks.floor_ms(*work(case, *shape, rows), limits, caps.isa(), not case.endswith("fp32"))
-    for rotated in (ROTATED_BYTES, 0) if args.cached else (ROTATED_BYTES,):
-        if args.quick:
-            rotated = 0
+    rotations = (0,) if args.quick else (ROTATED_BYTES, 0) if args.cached else (ROTATED_BYTES,)
+    for rotated in rotations:
         timings = interleaved(contenders(case, *shape, rows, rotated), args.budget)
         for name, timing in timings.items():
             common = {"case": case, "shape": list(shape), "rows": rows, "threads": torch.get_num_threads()}
@@ -78,7 +133,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     limits = peaks.measure(args.threads[0])
     rows = [
         row
-        for shape in shape_list(args.shapes)
+        for shape in args.shapes
         for case in args.cases
         for count in (args.rows if "linear" in case else [0])
         for row in run_case(case, shape, count, args, limits)
@@ -89,15 +144,13 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     args = parse(arguments)
-    shape_list(args.shapes)
     if args.child:
         args.output.write_text(json.dumps(child(args)))
         return 0
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     report: dict[str, Any] = {
         "machine": machine(),
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join(["python -m benchmarks.run", *arguments]),
+        "commit": commit(),
+        "command": recorded_command(arguments),
         "peaks": {},
         "rows": [],
     }
@@ -110,17 +163,13 @@ def main(argv: list[str] | None = None) -> int:
             command = [sys.executable, "-m", "benchmarks.run", *arguments, "--child", "--output", str(target)]
             command += ["--threads", str(threads)]
             environment["OMP_NUM_THREADS"] = str(threads)
-            subprocess.run(command, check=True, env=environment)
+            status = subprocess.run(command, env=environment, cwd=ROOT).returncode
+            if status:
+                raise SystemExit(f"benchmarks.run: the process with {threads} threads failed with status {status}")
             part = json.loads(target.read_text())
             report["peaks"][str(threads)] = part["peaks"]
             report["rows"] += part["rows"]
-    text = json.dumps(report, indent=1) + "\n"
-    if args.output is None:
-        print(text)
-    else:
-        temporary = args.output.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, args.output)
+    write_report(report, args.output)
     return 0
 
 

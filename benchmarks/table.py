@@ -1,67 +1,119 @@
-"""Results as Markdown, targets beside them: `python -m benchmarks.table [benchmarks/results/FILE.json]`."""
+"""Results as Markdown, targets beside them: `python -m benchmarks.table [FILE.json] [--update README.md]`."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
+# Read too if it lies beside the results.
+MEMORY_NAME = "memory.json"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
-# (title, case, ours, peer, {rows: least ratio peer / ours}); the ratio of the last line is ours / peer, at most.
-TARGETS: list[tuple[str, str, str, dict[int, float]]] = [
-    (
+
+class Comparison(NamedTuple):
+    """A line of the table: a peer's time over ours, and the least that is aimed at, by rows."""
+
+    title: str
+    case: str
+    peer: str
+    targets: dict[int, float]
+
+
+_LORA_TARGETS = {16: 6.0, 64: 3.5, 256: 1.7, 1024: 1.25}
+COMPARISONS = (
+    Comparison(
         "`nf4_linear` forward / bitsandbytes eval",
         "nf4_linear forward",
         "bitsandbytes eval",
         {1: 1.2, 4: 1.2, 16: 1.1, 64: 1.15, 256: 1.35, 1024: 1.35},
     ),
-    (
+    Comparison(
         "`nf4_linear` forward / dense bf16",
         "nf4_linear forward",
         "torch dense bfloat16",
         {1: 4.0, 4: 3.0, 16: 1.4, 64: 1.0, 256: 0.95, 1024: 0.95},
     ),
-    (
+    Comparison(
         "`nf4_linear` training step / bitsandbytes",
         "nf4_linear forward+backward",
         "bitsandbytes train",
         {16: 8.0, 64: 3.5, 256: 1.7, 1024: 1.15},
     ),
-    (
+    Comparison(
         "`lora_linear` on NF4, training step / PEFT + bitsandbytes",
         "lora_linear nf4 forward+backward",
         "PEFT + bitsandbytes",
-        {16: 6.0, 64: 3.5, 256: 1.7, 1024: 1.25},
+        _LORA_TARGETS,
     ),
-    (
+    Comparison(
         "the same, dropout 0.1",
         "lora_linear nf4 forward+backward dropout 0.1",
         "PEFT + bitsandbytes",
-        {16: 6.0, 64: 3.5, 256: 1.7, 1024: 1.25},
+        _LORA_TARGETS,
     ),
-    (
+    Comparison(
         "`lora_linear` on dense bf16, training step / PEFT",
         "lora_linear dense forward+backward",
         "PEFT",
         {16: 1.05, 64: 1.1, 256: 1.1, 1024: 1.1},
     ),
-    ("`nf4_linear` fp32 forward / dense fp32", "nf4_linear forward fp32", "torch dense float32", {256: 1.8}),
-]
-OVERHEAD = {16: 1.25, 64: 1.12, 256: 1.08, 1024: 1.08}
-ROWS = (1, 4, 16, 64, 256, 1024)
+    Comparison("`nf4_linear` fp32 forward / dense fp32", "nf4_linear forward fp32", "torch dense float32", {256: 1.8}),
+)
+# The cost of an adapter: case and, by rows, the most of our lora_linear / our nf4_linear that is aimed at.
+OVERHEADS = (
+    ("cost of `lora_linear` over `nf4_linear`, training step, at most", "lora_linear nf4 forward+backward"),
+    ("the same, dropout 0.1", "lora_linear nf4 forward+backward dropout 0.1"),
+)
+OVERHEAD_TARGETS = {16: 1.25, 64: 1.12, 256: 1.08, 1024: 1.08}
+TIMES = (
+    ("`nf4_linear` forward", "nf4_linear forward"),
+    ("`lora_linear` on NF4, training step", "lora_linear nf4 forward+backward"),
+)
+CONVERSIONS = ("nf4_quantize", "nf4_dequantize")
+LEGEND = (
+    "Ratios are times: above 1 the peer takes longer. In brackets what is aimed at, bold where it is met. "
+    "A training step is forward and backward; rank 16, fp32 adapters."
+)
 
-Key = tuple[str, str, int, int, tuple[int, int]]
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What `benchmarks.run` wrote.
+
+    Raises:
+        SystemExit: one line on a file that is missing or something else.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks: {path}: {error}") from error
+    if not isinstance(report, dict) or not report.get("rows") or "machine" not in report:
+        raise SystemExit(f"benchmarks: {path} must hold the machine and rows that benchmarks.run writes")
+    return report
 
 
-def medians(report: dict[str, Any]) -> dict[Key, float]:
-    """(case, contender, rows, threads, shape) -> ms, of the runs that caches do not help."""
-    rows = [row for row in report["rows"] if not row["cached"]]
-    return {
-        (row["case"], row["contender"], row["rows"], row["threads"], tuple(row["shape"])): row["median_ms"]
-        for row in rows
-    }
+def _where(shape: Sequence[int], threads: int) -> str:
+    return f"{shape[0]} x {shape[1]}, {threads} thread{'s' * (threads > 1)}"
+
+
+class Place(NamedTuple):
+    """What one table is about; the order is that of the tables."""
+
+    cached: bool
+    shape: tuple[int, int]
+    threads: int
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Place:
+        return cls(row["cached"], tuple(row["shape"]), row["threads"])
+
+    def __str__(self) -> str:
+        return _where(self.shape, self.threads) + ", weights in cache" * self.cached
 
 
 def _cell(ratio: float | None, target: float | None, at_most: bool = False) -> str:
@@ -74,54 +126,129 @@ def _cell(ratio: float | None, target: float | None, at_most: bool = False) -> s
     return f"{'**' + text + '**' if met else text} ({target:g})"
 
 
-def _line(title: str, cells: list[str]) -> str:
-    return f"| {title} | {' | '.join(cells)} |"
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
 
 
-def tables(report: dict[str, Any]) -> str:
-    """One table for each shape and number of threads; bold where the target (in brackets) is met."""
-    times = medians(report)
-    places = sorted({(key[4], key[3]) for key in times})
-    sections = []
-    for shape, threads in places:
+def _lines(rows: list[dict[str, Any]], counts: list[int], with_targets: bool) -> list[tuple[str, list[str]]]:
+    """Title and cells of each line of one place."""
+    times = {(row["case"], row["contender"], row["rows"]): row["median_ms"] for row in rows}
+    floors = {(row["case"], row["rows"]): row["floor_ms"] for row in rows}
 
-        def ms(case: str, contender: str, rows: int, place: tuple[Any, int] = (shape, threads)) -> float | None:
-            return times.get((case, contender, rows, place[1], place[0]))
+    def ours(case: str, count: int) -> float | None:
+        return times.get((case, "peftkern", count))
 
-        word = "thread" if threads == 1 else "threads"
-        lines = [f"**{shape[0]} x {shape[1]}, {threads} {word}** (times faster than the peer)", ""]
-        lines += [_line("rows", [str(rows) for rows in ROWS]), "|---|" + "---|" * len(ROWS)]
-        for title, case, peer, targets in TARGETS:
-            cells = []
-            for rows in ROWS:
-                ours, theirs = ms(case, "peftkern", rows), ms(case, peer, rows)
-                cells.append(_cell(theirs / ours if ours and theirs else None, targets.get(rows)))
-            if any(cells):
-                lines.append(_line(title, cells))
-        for title, case in (
-            ("cost of `lora_linear` over `nf4_linear`, at most", "lora_linear nf4 forward+backward"),
-            ("the same, dropout 0.1", "lora_linear nf4 forward+backward dropout 0.1"),
-        ):
-            cells = []
-            for rows in ROWS:
-                ours, base = ms(case, "peftkern", rows), ms(case, "peftkern nf4_linear", rows)
-                cells.append(_cell(ours / base if ours and base else None, OVERHEAD.get(rows), at_most=True))
-            if any(cells):
-                lines.append(_line(title, cells))
-        cells = [f"{value:.3g}" if (value := ms("nf4_linear forward", "peftkern", rows)) else "" for rows in ROWS]
-        lines.append(_line("`nf4_linear` forward, ms", cells))
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
+    def target(targets: dict[int, float], count: int) -> float | None:
+        return targets.get(count) if with_targets else None
+
+    lines = []
+    for title, case, peer, targets in COMPARISONS:
+        ratios = [_ratio(times.get((case, peer, n)), ours(case, n)) for n in counts]
+        lines.append((title, [_cell(ratio, target(targets, n)) for n, ratio in zip(counts, ratios)]))
+    for title, case in OVERHEADS:
+        ratios = [_ratio(ours(case, n), times.get((case, "peftkern nf4_linear", n))) for n in counts]
+        cells = [_cell(ratio, target(OVERHEAD_TARGETS, n), at_most=True) for n, ratio in zip(counts, ratios)]
+        lines.append((title, cells))
+    for title, case in TIMES:
+        milliseconds = [ours(case, n) for n in counts]
+        lines.append((f"{title}, ms", ["" if ms is None else f"{ms:.3g}" for ms in milliseconds]))
+        shares = [_ratio(floors.get((case, n)), ms) for n, ms in zip(counts, milliseconds)]
+        lines.append((f"{title}, share of the machine's limit", ["" if s is None else f"{s:.0%}" for s in shares]))
+    return [line for line in lines if any(line[1])]
+
+
+def _grid(lines: list[tuple[str, list[str]]]) -> str:
+    """Titles and cells as a Markdown table; the first line is the head."""
+    text = [f"| {title} | {' | '.join(cells)} |" for title, cells in lines]
+    return "\n".join([text[0], "|---|" + "---|" * len(lines[0][1]), *text[1:]])
+
+
+def _conversions(rows: list[dict[str, Any]]) -> str:
+    """A sentence on quantising and dequantising."""
+    times = {(row["case"], row["contender"]): row["median_ms"] for row in rows}
+    parts = []
+    for case in CONVERSIONS:
+        ours, peer = times.get((case, "peftkern")), times.get((case, "bitsandbytes"))
+        if ours is not None:
+            beside = "" if peer is None else f" (bitsandbytes {peer:.3g} ms, {_cell(peer / ours, None)} times as long)"
+            parts.append(f"`{case}` {ours:.3g} ms{beside}")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _table(place: Place, rows: list[dict[str, Any]]) -> str:
+    counts = sorted({row["rows"] for row in rows if row["case"] not in CONVERSIONS})
+    lines = [("rows", [str(n) for n in counts]), *_lines(rows, counts, with_targets=not place.cached)]
+    parts = [f"**{place}**", _grid(lines) if counts else "", _conversions(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> str:
+    """What `benchmarks.memory` measured, in MB."""
+    counts = sorted({row["rows"] for row in rows})
+    extra = {(tuple(r["shape"]), r["threads"], r["contender"], r["rows"]): r["extra_bytes"] for r in rows}
+    lines = [("rows", [str(n) for n in counts])]
+    for shape, threads, contender in sorted(dict.fromkeys(key[:3] for key in extra), key=lambda key: key[:2]):
+        found = [extra.get((shape, threads, contender, n)) for n in counts]
+        cells = ["" if value is None else f"{value / 1e6:.1f}" for value in found]
+        lines.append((f"{_where(shape, threads)}: {contender}", cells))
+    title = "**Extra memory of a training step of `lora_linear` on NF4, MB**"
+    return f"{title}: beyond y, dx, the saved x A^T and the gradients; dropout 0.1.\n\n" + _grid(lines)
+
+
+def of_files(results: Path) -> str:
+    """The tables of the results, and of the memory measured beside them.
+
+    Raises:
+        SystemExit: as `read_report`.
+    """
+    memory = results.with_name(MEMORY_NAME)
+    text = markdown(read_report(results))
+    return f"{text}\n\n{_memory_table(read_report(memory)['rows'])}" if memory.exists() else text
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One table for each shape and number of threads, the first in sight and the others folded."""
+    machine, rows = report["machine"], report["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    isas = ", ".join(sorted({row["isa"] for row in rows}))
+    head = f"{machine['cpu']}, {isas}; {versions}. `{report['command']}`"
+    places = sorted({Place.of(row) for row in rows})
+    tables = [_table(place, [row for row in rows if Place.of(row) == place]) for place in places]
+    folded = ["<details><summary>More shapes and threads</summary>", *tables[1:], "</details>"] if tables[1:] else []
+    return "\n\n".join([head, LEGEND, tables[0], *folded])
+
+
+def shown(document: str) -> tuple[int, int]:
+    """Where the results begin and end in a document.
+
+    Raises:
+        SystemExit: the document has no place for them.
+    """
+    begin, end = document.find(BEGIN), document.find(END)
+    if begin < 0 or end < begin:
+        raise SystemExit(f"benchmarks.table: the document must have {BEGIN} and {END}, in this order")
+    return begin + len(BEGIN), end
+
+
+def update(path: Path, text: str) -> None:
+    """Puts `text` between the marks of a document, in place of what is there."""
+    document = path.read_text()
+    begin, end = shown(document)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(f"{document[:begin]}\n{text}\n{document[end:]}")
+    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    path = Path(arguments[0]) if arguments else RESULTS
-    report = json.loads(path.read_text())
-    machine = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    print(f"{machine['cpu']} ({', '.join(machine['isas'])}); {versions}. `{report['command']}`\n")
-    print(tables(report))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS, metavar="FILE.json")
+    parser.add_argument("--update", type=Path, metavar="FILE.md", help=f"write between {BEGIN} and {END}")
+    args = parser.parse_args(argv)
+    text = of_files(args.results)
+    if args.update is None:
+        print(text)
+    else:
+        update(args.update, text)
     return 0
 
 

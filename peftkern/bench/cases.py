@@ -25,7 +25,7 @@ CASES = (
 def contenders(
     case: str, out_features: int, in_features: int, rows: int, rotated: int = ROTATED_BYTES
 ) -> dict[str, Run]:
-    """Name -> run(i) for one case; "peftkern" is first. Peers that are not installed are left out.
+    """Name -> run(i) for one case; "peftkern" is first. Peers that are not installed, or cannot run it, are left out.
 
     Raises:
         ValueError: there is no such case.
@@ -42,7 +42,8 @@ def contenders(
 
     if case in ("nf4_linear forward", "nf4_linear forward fp32"):
         runs = {"peftkern": rotate(nf4, c.forward(x)), f"torch dense {str(dtype)[6:]}": rotate(dense, c.dense_call(x))}
-        if dtype == torch.bfloat16 and c.has("bitsandbytes"):
+        # bitsandbytes' fused path takes whole blocks and 32 rows of the weight at a time.
+        if dtype == torch.bfloat16 and c.has("bitsandbytes") and in_features % 64 == out_features % 32 == 0:
             runs["bitsandbytes eval"] = rotate(lambda: c.bnb_linear(*shape).eval(), c.forward(x))
         return runs
     if case == "nf4_linear forward+backward":

@@ -32,6 +32,7 @@ PART_NAMES = ("weight", "absmax", "nested_absmax", "nested_quant_map", "offset")
 FORMAT_KEY = "nf4_format"
 FORMAT_VERSION = 1
 QUANT_STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
+_BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 # The position is what `nf4_format` stores: append only.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -51,9 +52,10 @@ def native_entries(q: NF4Weight) -> dict[str, Tensor]:
     return {**entries, FORMAT_KEY: torch.tensor(values, dtype=torch.int64, device=q.device)}
 
 
-def is_bnb(state_dict: Mapping[str, Any], prefix: str = "") -> bool:
-    """Whether the layer at `prefix` has bitsandbytes' dotted names."""
-    return any(key.startswith(prefix + "weight.") for key in state_dict)
+def bnb_keys(state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys of the layer at `prefix` that only bitsandbytes writes; none if another library did."""
+    parts = [f"{prefix}weight.{name}" for name in _BNB_PARTS]
+    return [key for key in state_dict if key in parts or key.startswith(prefix + "weight.quant_state.")]
 
 
 def _entry(state_dict: Mapping[str, Any], key: str) -> Tensor:
@@ -66,11 +68,13 @@ def _entry(state_dict: Mapping[str, Any], key: str) -> Tensor:
 
 
 def check_entry(key: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raises ValueError naming `key` unless `value` has this dtype and shape."""
+    """Raises ValueError naming `key` unless `value` has this dtype and shape, and values."""
     if value.dtype != dtype:
         raise ValueError(f'"{key}" must be {dtype}, got {value.dtype}')
     if value.shape != shape:
         raise ValueError(f'"{key}" must have shape {list(shape)}, got {list(value.shape)}')
+    if value.is_meta:
+        raise ValueError(f'"{key}" is on the meta device, it has no values')
 
 
 def check_parts(q: NF4Weight, keys: Mapping[str, str]) -> None:
@@ -103,7 +107,7 @@ def _unpack_quant_state(packed: Tensor, key: str) -> dict[str, Any]:
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise ValueError(f'"{key}" must be the uint8 bytes of a JSON object, got {packed.dtype} {list(packed.shape)}')
     if packed.is_meta:
-        raise ValueError(f'"{key}" is on the meta device, its bytes cannot be read')
+        raise ValueError(f'"{key}" is on the meta device, it has no values')
     try:
         state = json.loads(bytes(packed.tolist()).decode("utf-8"))
     except ValueError as error:
@@ -115,7 +119,7 @@ def _unpack_quant_state(packed: Tensor, key: str) -> dict[str, Any]:
 
 def _check_quant_map(table: Tensor, key: str) -> None:
     check_entry(key, table, torch.float32, (16,))
-    if not table.is_meta and not torch.allclose(table.cpu(), codebook(), rtol=0, atol=_TABLE_TOLERANCE):
+    if not torch.allclose(table.cpu(), codebook(), rtol=0, atol=_TABLE_TOLERANCE):
         raise ValueError(f'"{key}" is not the NF4 table')
 
 
@@ -129,7 +133,7 @@ def from_bnb(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     Raises:
         ValueError: an entry is missing, corrupt or of the wrong dtype or shape (named), or the format is not NF4.
     """
-    keys = {name: f"{prefix}weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
+    keys = {name: f"{prefix}weight.{name}" for name in _BNB_PARTS}
     keys["weight"], keys["offset"] = prefix + "weight", prefix + QUANT_STATE_KEY
     state_key = prefix + QUANT_STATE_KEY
     if state_key not in state_dict:
@@ -182,8 +186,6 @@ def from_native(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     key = prefix + FORMAT_KEY
     packed = _entry(state_dict, key)
     check_entry(key, packed, torch.int64, (6,))
-    if packed.is_meta:
-        raise ValueError(f'"{key}" is on the meta device, its values cannot be read')
     version, rows, columns, block_size, dtype, nested = packed.tolist()
     if version != FORMAT_VERSION:
         raise ValueError(f'"{key}": version must be {FORMAT_VERSION}, got {version}')

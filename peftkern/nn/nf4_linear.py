@@ -15,10 +15,10 @@ from peftkern.integrations.bitsandbytes import (
     DTYPES,
     FORMAT_KEY,
     PART_NAMES,
+    bnb_keys,
     format_values,
     from_bnb,
     from_native,
-    is_bnb,
     native_entries,
 )
 from peftkern.nf4 import NF4Weight
@@ -95,8 +95,8 @@ class NF4Linear(nn.Linear):
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if value < 1:
-                raise ValueError(f"NF4Linear: {name} must be positive, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"NF4Linear: {name} must be a positive int, got {value!r}")
         for name, kind in (("dtype", dtype), ("compute_dtype", compute_dtype)):
             if kind not in DTYPES and not (name == "compute_dtype" and kind is None):
                 raise TypeError(f"NF4Linear: {name} must be one of {', '.join(map(str, DTYPES))}, got {kind}")
@@ -275,7 +275,8 @@ class NF4Linear(nn.Linear):
         if q is not None:
             if not local_metadata.get("assign_to_params_buffers", False):
                 q = replace(q, dtype=self.weight_dtype)
-            converted = {key: value for key, value in converted.items() if not key.startswith(prefix + "weight.")}
+            for key in bnb_keys(state_dict, prefix):
+                del converted[key]
             converted |= {prefix + name: part for name, part in native_entries(q).items()}
         errors = len(error_msgs)
         # The hooks have run, before the conversion, so that one that renames keys works.
@@ -299,9 +300,11 @@ class NF4Linear(nn.Linear):
                 raise ValueError(f'"{prefix}bias" must be a floating-point Tensor, got {getattr(bias, "dtype", bias)}')
             if bias.shape != self.bias.shape:
                 raise ValueError(f'"{prefix}bias" must have shape {list(self.bias.shape)}, got {list(bias.shape)}')
+            if bias.is_meta:
+                raise ValueError(f'"{prefix}bias" is on the meta device, it has no values')
         present = [name for name in (*PART_NAMES, FORMAT_KEY) if prefix + name in state_dict]
         weight = state_dict.get(prefix + "weight")
-        if is_bnb(state_dict, prefix):
+        if bnb_keys(state_dict, prefix):
             q = from_bnb(state_dict, prefix)
         elif not present:
             return None  # nn.Module's method reports the missing names
@@ -328,7 +331,9 @@ class NF4Linear(nn.Linear):
             wanted = [self.out_features, self.in_features]
             raise ValueError(f'"{key}" must have shape {wanted} [out, in], got {list(weight.shape)}')
         if weight.is_meta or _is_sharded(weight):
-            raise ValueError(f'"{key}" is {"on meta" if weight.is_meta else "sharded"} and cannot be quantised')
+            raise ValueError(
+                f'"{key}" is {"on the meta device" if weight.is_meta else "sharded"}, it cannot be quantised'
+            )
         try:
             return _quantize(weight, self.block_size, self.double_quant)
         except (ValueError, TypeError, RuntimeError) as error:
