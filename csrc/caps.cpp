@@ -18,9 +18,9 @@ PYBIND11_MODULE(_caps, m) {
     m.def(
         "isa",
         [] {
-            const char* error = nullptr;
+            std::string error;
             const Isa isa = current_isa(&error);
-            if (error) throw std::runtime_error(error);
+            if (!error.empty()) throw std::runtime_error(error);
             return std::string(isa_name(isa));
         },
         "The CPU instruction set in use (PEFTKERN_ISA forces one).");

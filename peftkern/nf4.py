@@ -73,12 +73,17 @@ class NF4Weight:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.linear:
-            from peftkern.ops.nf4_linear import nf4_linear
-
-            return nf4_linear(*args, **(kwargs or {}))
+            return _functional_linear(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise TypeError(f"NF4Weight: torch function {name!r} is not defined on 4-bit codes; use .dequantize() first")
 
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""
         return f"NF4Weight(shape={tuple(self.shape)}, dtype={self.dtype}, block_size={self.block_size}{nested})"
+
+
+def _functional_linear(input: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """F.linear, with its names."""
+    from peftkern.ops.nf4_linear import nf4_linear
+
+    return nf4_linear(input, weight, bias)

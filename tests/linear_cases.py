@@ -157,6 +157,11 @@ def compile_counting(function: Function) -> tuple[Function, CompileCounterWithBa
     return torch.compile(function, fullgraph=True, backend=graphs, dynamic=True), graphs
 
 
+def graph_count(graphs: CompileCounterWithBackend) -> int:
+    """How often something was compiled; torch's restarts of an analysis leave an empty graph behind."""
+    return sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in graphs.graphs)
+
+
 @contextmanager
 def only_level(isa: str) -> Iterator[None]:
     """The engine runs in the body, at the level `isa` and at no other."""

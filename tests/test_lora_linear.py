@@ -14,6 +14,7 @@ from linear_cases import (
     compile_counting,
     float_tensors,
     gradients,
+    graph_count,
     lora_inputs,
     only_level,
     random_nf4,
@@ -315,7 +316,7 @@ def test_compile_without_graph_breaks(kind: str, dropout_p: float, seed: int) ->
             torch.manual_seed(seed)
             results.append(gradients(each, inputs, grad_y))
         assert_same_bits(*results)
-    assert graphs.frame_count == 1
+    assert graph_count(graphs) == 1
 
 
 def test_autocast(isa: str, seed: int) -> None:

@@ -199,9 +199,9 @@ void add(Gemm& gemm, const Contraction& contraction) {
 }
 
 void run(const char* op, const Gemm& gemm) {
-    const char* error = nullptr;
+    std::string error;
     const Isa isa = current_isa(&error);
-    STD_TORCH_CHECK(!error, op, ": ", error);
+    STD_TORCH_CHECK(error.empty(), op, ": ", error);
     if (gemm.m == 0 || gemm.n == 0) return;
     const GemmKernels& kernels = *kLevels[static_cast<int>(isa)];
     const std::vector<Tile> tiles = tiles_of(gemm, torch::stable::get_num_threads());

@@ -36,17 +36,17 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
-Isa current_isa(const char** error) {
-    *error = nullptr;
+Isa current_isa(std::string* error) {
+    error->clear();
     const char* forced = std::getenv("PEFTKERN_ISA");
     if (forced && *forced) {
         for (int i = 0; i < kIsaCount; ++i) {
             if (std::strcmp(forced, kNames[i]) != 0) continue;
             if (!isa_supported(static_cast<Isa>(i)))
-                *error = "PEFTKERN_ISA names an instruction set that this CPU lacks";
+                *error = std::string("PEFTKERN_ISA names an instruction set that this CPU lacks, got ") + forced;
             return static_cast<Isa>(i);
         }
-        *error = "PEFTKERN_ISA must be scalar, avx2, avx512 or avx512bf16";
+        *error = std::string("PEFTKERN_ISA must be scalar, avx2, avx512 or avx512bf16, got ") + forced;
         return Isa::kScalar;
     }
     static const Isa best = [] {

@@ -1,6 +1,8 @@
 // Which instruction set the CPU kernels run on: detected once, or forced by PEFTKERN_ISA.
 #pragma once
 
+#include <string>
+
 namespace peftkern {
 
 enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -11,6 +13,6 @@ bool isa_supported(Isa isa);
 
 // The level in use. PEFTKERN_ISA is read at every call (tests change it); an unknown or unsupported name gives an error
 // text through `error` and the return value is then meaningless.
-Isa current_isa(const char** error);
+Isa current_isa(std::string* error);
 
 }  // namespace peftkern

@@ -13,9 +13,9 @@ inline const QuantizeKernels& quantize_kernels(const char* op) {
     // AVX-512-BF16 adds dot products, which nothing here uses.
     static const QuantizeKernels* const kernels[kIsaCount] = {&peftkern_quantize_scalar, &peftkern_quantize_avx2,
                                                               &peftkern_quantize_avx512, &peftkern_quantize_avx512};
-    const char* error = nullptr;
+    std::string error;
     const Isa isa = current_isa(&error);
-    STD_TORCH_CHECK(!error, op, ": ", error);
+    STD_TORCH_CHECK(error.empty(), op, ": ", error);
     return *kernels[static_cast<int>(isa)];
 }
 

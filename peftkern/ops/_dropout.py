@@ -58,5 +58,5 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 0) 
     counter = (zero + group, zero + (row & _LOW), zero + stream, zero + (row >> 32))
     words = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
     halves = [w & 0xFFFF for w in words] + [w >> 16 for w in words]
-    bits = torch.stack(halves, dim=-1).reshape(rows, -1)[:, :columns]
+    bits = torch.stack(halves, dim=-1).flatten(1)[:, :columns]
     return bits >= threshold(p)

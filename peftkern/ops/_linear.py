@@ -9,14 +9,23 @@ from peftkern.nf4 import NF4Weight
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# As an argument, also while torch.compile traces it.
+NUMBER = (int, float, torch.SymInt, torch.SymFloat)
+
 Weight = Tensor | NF4Weight
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype once autocast has cast it."""
+    kind = x.device.type
+    # Meta has no autocast and may not even be asked.
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x and bias in autocast's dtype where autocast is on. Scales and adapters are never cast."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = computing_dtype(x)
+    if dtype != x.dtype:
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return x, bias
@@ -55,8 +64,10 @@ def check_linear(op: str, x: Any, weight: Any, bias: Any) -> tuple[int, int]:
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
     check_tensor(op, "x", x, FLOATING, x.device)
     if isinstance(weight, NF4Weight):
-        if weight.device != x.device:
-            raise RuntimeError(f"{op}: weight must be on x's device {x.device}, got {weight.device}")
+        names = ("weight", "weight.absmax", "weight.nested_absmax", "weight.nested_quant_map", "weight.offset")
+        for name, part in zip(names, weight.tensors):
+            if part is not None and part.device != x.device:
+                raise RuntimeError(f"{op}: {name} must be on x's device {x.device}, got {part.device}")
     elif isinstance(weight, Tensor):
         check_tensor(op, "weight", weight, FLOATING, x.device)
     else:

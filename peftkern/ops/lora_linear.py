@@ -7,6 +7,7 @@ Formula, with x flattened to rows and d(x) = dropout(x):
 Saved for backward: x and h. The dropout mask is regenerated from the seed (`_dropout.py`).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from peftkern import backends
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
+    NUMBER,
     Weight,
     accumulate_dtype,
     autocast,
     check_linear,
     check_tensor,
+    computing_dtype,
     dense_weight,
     native_weight,
     raise_double_backward,
@@ -43,7 +46,7 @@ def lora_linear_reference(
     wide = x.to(compute)
     dropped = wide
     if seed is not None and dropout_p > 0:
-        mask = keep_mask(seed.to(x.device), x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
+        mask = keep_mask(seed.to(x.device), math.prod(x.shape[:-1]), x.shape[-1], dropout_p).view(x.shape)
         dropped = torch.where(mask, wide * keep_scale(dropout_p), 0)
     base = F.linear(wide, dense_weight(weight, compute), None if bias is None else bias.to(compute))
     delta = F.linear(F.linear(dropped, lora_a.to(compute)), lora_b.to(compute))
@@ -103,14 +106,23 @@ def check_lora(
     """Checks every argument of a LoRA linear; returns (out_features, in_features)."""
     out_features, in_features = check_linear(op, x, weight, bias)
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        check_tensor(op, name, tensor, (x.dtype, torch.float32), x.device)
+        check_tensor(op, name, tensor, tuple(dict.fromkeys((torch.float32, computing_dtype(x)))), x.device)
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features:
         raise ValueError(f"{op}: lora_a must have shape [rank, {in_features}], got {list(lora_a.shape)}")
     if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != lora_a.shape[0]:
         wanted = f"[{out_features}, {lora_a.shape[0]}]"
         raise ValueError(f"{op}: lora_b must have shape {wanted} (out, lora_a's rank), got {list(lora_b.shape)}")
-    if isinstance(scaling, Tensor) and scaling.dim() != 0:
-        raise ValueError(f"{op}: scaling must be a number or a 0-d tensor, got shape {list(scaling.shape)}")
+    if isinstance(scaling, Tensor):
+        if scaling.is_complex():
+            raise TypeError(f"{op}: scaling must be real, got {scaling.dtype}")
+        if scaling.dim() != 0:
+            raise ValueError(f"{op}: scaling must be a number or a 0-d tensor, got shape {list(scaling.shape)}")
+        if scaling.device != x.device:
+            raise RuntimeError(f"{op}: scaling must be on x's device {x.device}, got {scaling.device}")
+    elif not isinstance(scaling, NUMBER):
+        raise TypeError(f"{op}: scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
+    if not isinstance(dropout_p, NUMBER):
+        raise TypeError(f"{op}: dropout_p must be a number from 0 to 1, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
     return out_features, in_features
@@ -133,7 +145,7 @@ def _fake(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    h = x.new_empty((x.shape[:-1].numel(), lora_a.shape[0]), dtype=torch.float32)
+    h = x.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]), dtype=torch.float32)
     return x.new_empty((*x.shape[:-1], out_features)), h
 
 
