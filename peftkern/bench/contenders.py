@@ -102,6 +102,9 @@ def rotate(build: Callable[[], nn.Module], call: Callable[[Any], Any], rotated: 
     """`call` on copies that take turns; a single copy with rotated=0, which then stays in cache."""
     first = build()
     layers = [first, *(build() for _ in range(copies(_bytes(first), rotated) - 1))]
+    # bitsandbytes repacks a weight at its first call in eval mode.
+    for layer in layers:
+        call(layer)
     return lambda i: call(layers[i % len(layers)])
 
 
