@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import backends
-from peftkern.model import outer_modules
+from peftkern._modules import outer_modules
 from peftkern.nn._merge import weight_dtype
 from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear

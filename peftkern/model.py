@@ -1,22 +1,23 @@
 """Whole models: quantise the linear layers, put adapters on them, and write and read those as HF PEFT does."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from peftkern._modules import check_model, outer_modules, output_heads, places, put, unwrapped, use_forward_of_linears
 from peftkern.adapter_file import AdapterFile, matches, read_adapter, targets_for, write_adapter
-from peftkern.nn.lora_linear import LoRALinear, LoRASettings, check_adapter, check_base
+from peftkern.nn._adapted_linear import check_base
+from peftkern.nn.lora_linear import LoRALinear, LoRASettings, check_adapter
 from peftkern.nn.nf4_linear import NF4Linear, _is_sharded
 from peftkern.ops._linear import FLOATING
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 ALL_LINEAR = "all-linear"
-HEAD_NAME = "lm_head"
 # Exact types: a subclass may read its weight elsewhere, as nn.MultiheadAttention's out_proj does.
 ADAPTABLE = (nn.Linear, NF4Linear, LoRALinear)
 
@@ -27,61 +28,6 @@ Plan = dict[str, LoRASettings]
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Path -> layer; a layer that the model holds more than once by its first path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without those inside a LoRALinear."""
-    inside = None
-    for path, module in model.named_modules():
-        if inside is None or not path.startswith(inside):
-            yield path, module
-            inside = path + "." * bool(path) if isinstance(module, LoRALinear) else None
-
-
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every path by which the model holds each module."""
-    places: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(path)
-    return places
-
-
-def _put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
-    for path in paths:
-        parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, module)
-
-
-def _use_forward_of_linears(model: nn.Module) -> None:
-    """Turns off the fused eval path of torch's transformer encoders: it reads the weights and skips forward."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """Modules that give the logits: called lm_head, named by transformers, or tied to an embedding."""
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    return {
-        module
-        for path, module in model.named_modules()
-        if module is output
-        or path.rpartition(".")[2] == HEAD_NAME
-        or (isinstance(module, nn.Linear) and id(module.weight) in embedded)
-    }
-
-
-def _check_model(op: str, model: Any) -> None:
-    """`model` is a Module that no other adapter library has wrapped."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
-    for path, _ in outer_modules(model):
-        if path.rpartition(".")[2] == "base_layer":
-            raise ValueError(f'{op}: the model has adapters of another library, "{path}"')
 
 
 def quantize(
@@ -108,7 +54,7 @@ def quantize(
         TypeError, ValueError, RuntimeError: no layer to swap, a skip name that no nn.Linear has, a wrong block size, a
             weight that is not floating point, not finite or sharded. Nothing has changed then.
     """
-    _check_model("quantize", model)
+    check_model("quantize", model)
     if wrapped := lora_layers(model):
         raise ValueError(f'quantize: "{next(iter(wrapped))}" has adapters already; quantize before add_lora')
     if block_size not in BLOCK_SIZES:
@@ -118,7 +64,7 @@ def quantize(
     for pattern in patterns:
         if not any(_has_part(path, pattern) for path in linears):
             raise ValueError(f"quantize: skip={pattern!r} matches no nn.Linear")
-    heads = _output_heads(model)
+    heads = output_heads(model)
     chosen = {
         path: linear
         for path, linear in linears.items()
@@ -128,10 +74,10 @@ def quantize(
         raise ValueError(f"quantize: {type(model).__name__} has no nn.Linear to swap besides its output head and skip")
     for path, linear in chosen.items():
         _check_quantizable(path, linear)
-    places = _places(model)
+    found = places(model)
     for linear in chosen.values():
-        _put(model, places[linear], NF4Linear.from_linear(linear, block_size, double_quant))
-    _use_forward_of_linears(model)
+        put(model, found[linear], NF4Linear.from_linear(linear, block_size, double_quant))
+    use_forward_of_linears(model)
     return model
 
 
@@ -180,9 +126,9 @@ def add_lora(
         TypeError, ValueError: a target that matches nothing or a module that is not linear, a setting, name or dtype
             that cannot be, or a layer that has this adapter already. Nothing has changed then.
     """
-    _check_model("add_lora", model)
+    check_model("add_lora", model)
     settings = LoRASettings(rank, alpha, dropout, use_rslora)
-    check_adapter(adapter_name, dtype)
+    check_adapter("add_lora", adapter_name, dtype)
     plan = {path: settings for path in _select(model, target_modules)}
     for path in plan:
         layer = model.get_submodule(path)
@@ -196,7 +142,7 @@ def _select(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
     """Paths of the layers to adapt."""
     modules = {path: module for path, module in outer_modules(model) if path}
     if target_modules == ALL_LINEAR:
-        heads = _output_heads(model)
+        heads = output_heads(model)
         chosen = [path for path, module in modules.items() if type(module) in ADAPTABLE and module not in heads]
         if not chosen:
             raise ValueError(f"add_lora: {type(model).__name__} has no linear layer besides its output head")
@@ -227,7 +173,7 @@ def _adaptable(op: str, path: str, module: nn.Module) -> nn.Linear | LoRALinear:
 def _install(model: nn.Module, plan: Plan, adapter_name: str, dtype: torch.dtype) -> None:
     """Adds the adapter where `plan` says, active and alone trainable. Everything was checked."""
     model.requires_grad_(False)
-    places = _places(model)
+    found = places(model)
     for path, settings in plan.items():
         layer = model.get_submodule(path)
         if isinstance(layer, LoRALinear):
@@ -235,22 +181,14 @@ def _install(model: nn.Module, plan: Plan, adapter_name: str, dtype: torch.dtype
         else:
             linear = cast(nn.Linear, layer)
             wrapped = LoRALinear(linear, **asdict(settings), adapter_name=adapter_name, dtype=dtype)
-            _put(model, places[layer], wrapped)
+            put(model, found[layer], wrapped)
     _activate(model, adapter_name)
-    _use_forward_of_linears(model)
+    use_forward_of_linears(model)
 
 
 def _activate(model: nn.Module, adapter_name: str) -> None:
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name if adapter_name in layer.settings else None)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile and DistributedDataParallel were given: they put a name before every path."""
-    inner = (
-        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
-    )
-    return model if inner is None else _unwrapped(inner)
 
 
 def save_adapter(
@@ -274,7 +212,7 @@ def save_adapter(
         OSError: the files cannot be written.
         ImportError: safetensors is not installed.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = {path: layer for path, layer in lora_layers(model).items() if path and adapter_name in layer.settings}
     if not layers:
         raise ValueError(f"save_adapter: the model holds no LoRALinear with an adapter {adapter_name!r}")
@@ -307,9 +245,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
             does not fit the model or the adapter of that name. Nothing has changed then.
         ImportError: safetensors is not installed.
     """
-    _check_model("load_adapter", model)
-    given, model = model, _unwrapped(model)
-    check_adapter(adapter_name, torch.float32)
+    check_model("load_adapter", model)
+    given, model = model, unwrapped(model)
+    check_adapter("load_adapter", adapter_name, torch.float32)
     file = read_adapter(Path(directory))
     for path in file.factors:
         _check_fits(model, path, file)
