@@ -86,6 +86,24 @@ std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
     return tiles;
 }
 
+// A pass over fewer elements is not worth another thread.
+constexpr int64_t kGrainElements = 1 << 15;
+// Columns of one call of scale_columns: whole cache lines, and enough calls for all threads.
+constexpr int64_t kPassColumns = 256;
+static_assert(kPassColumns <= kTileColumns && kPassColumns % kTileColumnStep == 0, "what scale_columns takes");
+
+const GemmKernels& level_in_use(const char* op) {
+    std::string error;
+    const Isa isa = current_isa(&error);
+    STD_TORCH_CHECK(error.empty(), op, ": ", error);
+    return *kLevels[static_cast<int>(isa)];
+}
+
+void count_tiles(const GemmKernels& kernels, int64_t tiles) {
+    for (int i = 0; i < kIsaCount; ++i)
+        if (kLevels[i] == &kernels) tiles_run[i] += tiles;
+}
+
 Contraction term(const Matrix& x, const Matrix& w, int64_t depth, bool transposed) {
     Contraction c = {};
     c.depth = depth;
@@ -199,24 +217,44 @@ void add(Gemm& gemm, const Contraction& contraction) {
 }
 
 void run(const char* op, const Gemm& gemm) {
-    std::string error;
-    const Isa isa = current_isa(&error);
-    STD_TORCH_CHECK(error.empty(), op, ": ", error);
+    const GemmKernels& kernels = level_in_use(op);
     if (gemm.m == 0 || gemm.n == 0) return;
-    const GemmKernels& kernels = *kLevels[static_cast<int>(isa)];
     const std::vector<Tile> tiles = tiles_of(gemm, torch::stable::get_num_threads());
     const size_t bytes = kernels.workspace_bytes(&gemm);
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
         void* memory = workspace(bytes);
         for (int64_t i = begin; i < end; ++i) kernels.run(&gemm, &tiles[static_cast<size_t>(i)], memory);
     });
-    tiles_run[static_cast<int>(isa)] += static_cast<int64_t>(tiles.size());
+    count_tiles(kernels, static_cast<int64_t>(tiles.size()));
+}
+
+void split_dropout(const char* op, const SplitDropout& pass, int64_t rows) {
+    const GemmKernels& kernels = level_in_use(op);
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, pass.columns));
+    torch::stable::parallel_for(0, rows, grain,
+                                [&](int64_t begin, int64_t end) { kernels.split_dropout(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
+void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns) {
+    const GemmKernels& kernels = level_in_use(op);
+    const int64_t blocks = divide_up(columns, kPassColumns);
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / (kPassColumns * std::max<int64_t>(1, pass.rows)));
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            kernels.scale_columns(&pass, i * kPassColumns, std::min((i + 1) * kPassColumns, columns));
+    });
+    count_tiles(kernels, blocks);
 }
 
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;
     return torch::stable::new_empty(like, sizes);
+}
+
+Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns) {
+    return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
 // How many tiles the level `isa` has run in this process: what tests prove a level's use with.

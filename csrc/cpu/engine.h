@@ -51,6 +51,11 @@ void add(Gemm& gemm, const Contraction& contraction);
 // Computes it on torch's threads, at the level in use. Levels without bf16 dot products compute in fp32.
 void run(const char* op, const Gemm& gemm);
 
+// Passes over activations, on torch's threads at the level in use.
+void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);
+void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
+
 Tensor empty_with_columns(const Tensor& like, int64_t columns);
+Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns);
 
 }  // namespace peftkern

@@ -60,8 +60,9 @@ struct Gemm {
     int64_t out_stride;
     Dtype out_dtype;
     bool out_transposed;
-    void* sum_out;              // like `out`, or null: the sum itself, before the epilogue; not with out_transposed
-    const float* column_scale;  // [n] or null: multiplies the sum, before the bias
+    int scaled_count;           // the leading contractions that column_scale multiplies
+    void* sum_out;              // like `out`, or null: their sum, not yet scaled; not with out_transposed
+    const float* column_scale;  // [n] or null
     const float* bias;          // [n] or null
     Matrix residual;            // [m, n], added last; data null: none; not with out_transposed
 };
@@ -79,49 +80,35 @@ constexpr int64_t kTileColumns = 512;
 constexpr int64_t kTileRowStep = 6;
 constexpr int64_t kTileColumnStep = 64;
 
-// Passes over activations beside the products, for rows [row_begin, row_end) or columns [column_begin, column_end).
-// Matrices of one pass have one dtype.
+// Passes over activations beside the products. The matrices of one pass have one dtype; outputs may be null.
 
-// out[r, c] = x[r, c] * scale[c]
-struct ScaleColumns {
-    Matrix x;
-    const float* scale;
-    void* out;
-    int64_t out_stride, rows, columns;
-};
-
-// grad_x[r, c] = grad_y[r, c] * scale[c] and grad_scale[c] = sum over r of grad_y[r, c] * x[r, c]; either out may be null.
-struct ScaleColumnsBackward {
-    Matrix grad_y, x;
-    const float* scale;
-    void* grad_x;
-    int64_t grad_x_stride;
-    float* grad_scale;
-    int64_t rows, columns;
-};
-
-// kept[r, c] = x[r, c] under the mask, and rest = x - kept, each rounded once; either may be null.
+// kept = x under the mask, rest = x - kept, each rounded once.
 struct SplitDropout {
     Matrix x;
     Dropout dropout;
     void *kept, *rest;
-    int64_t out_stride, rows, columns;
+    int64_t out_stride, columns;
 };
 
-// out[r, c] = a[r, c] under the mask + b[r, c] off it, as the gradients of kept and rest are joined.
-struct JoinDropout {
-    Matrix kept, rest;
-    Dropout dropout;
-    void* out;
-    int64_t out_stride, rows, columns;
+// grad_x[r, c] = grad_y[r, c] * (scale[c] - shift) and grad_scale[c] = sum over r of grad_y[r, c] * x[r, c].
+// Without x there is no grad_scale: then this is a forward pass as well.
+struct ScaleColumns {
+    Matrix grad_y, x;
+    const float* scale;
+    float shift;
+    void* grad_x;
+    int64_t grad_x_stride;
+    float* grad_scale;
+    int64_t rows;
 };
 
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
     size_t (*workspace_bytes)(const Gemm* gemm);
-    void (*scale_columns)(const ScaleColumns* pass, int64_t row_begin, int64_t row_end);
-    void (*scale_columns_backward)(const ScaleColumnsBackward* pass, int64_t column_begin, int64_t column_end);
+    void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
+    // Up to kTileColumns columns from a multiple of kTileColumnStep.
+    void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
 };
 
 extern "C" {

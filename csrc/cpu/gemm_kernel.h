@@ -180,7 +180,7 @@ inline uint8_t* output_at(const Gemm& g, int64_t row, int64_t column) {
     return static_cast<uint8_t*>(g.out) + (row * g.out_stride + column) * element_bytes(g.out_dtype);
 }
 
-// Scales and biases the accumulator and rounds it, once, into the output.
+// Adds bias and residual to the accumulator and rounds it, once, into the output.
 inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
     const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
     if (g.out_transposed) {
@@ -198,12 +198,28 @@ inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
         for (int64_t n = 0; n < columns; n += Simd::kLanes) {
             const int64_t column = tile.n_begin + n, count = smaller(Simd::kLanes, columns - n);
             Simd::F v = Simd::load(accumulator + m * kAccumulatorStride + n);
-            if (g.column_scale)
-                v = v *
-                    load_elements(reinterpret_cast<const uint8_t*>(g.column_scale + column), Dtype::kFloat32, count);
             if (g.bias)
                 v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
+            if (g.residual.data)
+                v = v + load_elements(element_at(g.residual, tile.m_begin + m, column), g.residual.dtype, count);
             store_elements(output_at(g, tile.m_begin + m, column), g.out_dtype, count, v);
+        }
+}
+
+// Keeps the sum of the leading contractions if asked to, and scales it.
+inline void scale(const Gemm& g, const Tile& tile, float* accumulator) {
+    const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < columns; n += Simd::kLanes) {
+            const int64_t column = tile.n_begin + n, count = smaller(Simd::kLanes, columns - n);
+            float* p = accumulator + m * kAccumulatorStride + n;
+            const Simd::F v = Simd::load(p);
+            if (g.sum_out) {
+                const int64_t at = ((tile.m_begin + m) * g.out_stride + column) * element_bytes(g.out_dtype);
+                store_elements(static_cast<uint8_t*>(g.sum_out) + at, g.out_dtype, count, v);
+            }
+            const auto* s = reinterpret_cast<const uint8_t*>(g.column_scale + column);
+            Simd::store(p, v * load_elements(s, Dtype::kFloat32, count));
         }
 }
 
@@ -226,6 +242,7 @@ void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
             contract<MainDot>(c, *tile, workspace);
         else
             contract<Fp32Dot>(c, *tile, workspace);
+        if (gemm->column_scale && i + 1 == gemm->scaled_count) scale(*gemm, *tile, workspace.accumulator);
     }
     write(*gemm, *tile, workspace.accumulator);
 }

@@ -11,8 +11,6 @@
 namespace peftkern {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 struct Adapter {
     Rows a, b;
     int64_t rank;
@@ -26,10 +24,6 @@ Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, i
     check_shape(op, "lora_b", lora_b, lora_b.dim() == 2 && lora_b.size(0) == out_features && lora_b.size(1) == rank,
                 "[" + std::to_string(out_features) + ", " + std::to_string(rank) + "]");
     return {rows_of(op, "lora_a", lora_a), rows_of(op, "lora_b", lora_b), rank};
-}
-
-Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns) {
-    return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
 }  // namespace
