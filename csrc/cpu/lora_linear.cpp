@@ -1,20 +1,15 @@
 // lora_linear on the CPU: the low-rank path is one more contraction of the same tile. Formula and reference:
 // peftkern/ops/lora_linear.py.
+#include "cpu/lora_linear.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
 #include "common/check.h"
-#include "cpu/engine.h"
 
 namespace peftkern {
-namespace {
-
-struct Adapter {
-    Rows a, b;
-    int64_t rank;
-};
 
 Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, int64_t out_features,
                    int64_t in_features) {
@@ -26,7 +21,47 @@ Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, i
     return {rows_of(op, "lora_a", lora_a), rows_of(op, "lora_b", lora_b), rank};
 }
 
-}  // namespace
+Tensor down_projection(const char* op, const Rows& x, const Adapter& adapter, const Dropout& dropout) {
+    Tensor h = empty_fp32(x.tensor, x.rows, adapter.rank);
+    Gemm gemm = gemm_into(h, x.rows, adapter.rank);
+    add(gemm, times_transposed(x.matrix, adapter.a.matrix, x.columns));
+    gemm.contractions[0].x_dropout = dropout;
+    run(op, gemm);
+    return h;
+}
+
+Tensor grad_h_of(const char* op, const Rows& dy, const Adapter& adapter, float s) {
+    Tensor grad_h = empty_fp32(dy.tensor, dy.rows, adapter.rank);
+    Gemm gemm = gemm_into(grad_h, dy.rows, adapter.rank);
+    add(gemm, times(dy.matrix, adapter.b.matrix, dy.columns));
+    gemm.contractions[0].x_scale = s;
+    run(op, gemm);
+    return grad_h;
+}
+
+Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tensor& lora_a, const Dropout& dropout) {
+    Tensor grad_a = torch::stable::new_empty(lora_a, lora_a.sizes());
+    Gemm gemm = gemm_into(grad_a, lora_a.size(0), x.columns);
+    add(gemm, times(rows_of(op, "grad_h", grad_h).matrix, x.matrix, x.rows));
+    gemm.contractions[0].x_transposed = true;
+    gemm.contractions[0].weight_dropout = dropout;
+    run(op, gemm);
+    return grad_a;
+}
+
+// dB^T = (s h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
+Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s) {
+    Tensor grad_b = torch::stable::new_empty(lora_b, lora_b.sizes());
+    const int64_t rank = lora_b.size(1);
+    Gemm gemm = gemm_into(grad_b, rank, dy.columns);
+    add(gemm, times(h.matrix, dy.matrix, dy.rows));
+    gemm.contractions[0].x_transposed = true;
+    gemm.contractions[0].x_scale = s;
+    gemm.out_transposed = true;
+    gemm.out_stride = rank;
+    run(op, gemm);
+    return grad_b;
+}
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
                                        OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
@@ -40,16 +75,10 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor a
     const Tensor wide_bias = bias_of(op, bias, out_features);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
 
-    Tensor h = empty_fp32(x, rows.rows, adapter.rank);
-    Gemm down = gemm_into(h, rows.rows, adapter.rank);
-    add(down, times_transposed(rows.matrix, adapter.a.matrix, rows.columns));
-    down.contractions[0].x_dropout = dropout;
-    run(op, down);
-
+    Tensor h = down_projection(op, rows, adapter, dropout);
     Tensor y = empty_with_columns(x, out_features);
     Gemm gemm = gemm_into(y, rows.rows, out_features);
-    const Matrix low_rank = {h.const_data_ptr(), adapter.rank, Dtype::kFloat32};
-    add(gemm, times_transposed(low_rank, adapter.b.matrix, adapter.rank));
+    add(gemm, times_transposed(rows_of(op, "h", h).matrix, adapter.b.matrix, adapter.rank));
     gemm.contractions[0].x_scale = static_cast<float>(scaling);
     add(gemm, times_transposed(rows.matrix, base));
     if (wide_bias.defined()) gemm.bias = wide_bias.const_data_ptr<float>();
@@ -72,48 +101,19 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");
     check_shape(op, "h", h, low_rank.rows == dy.rows && low_rank.columns == adapter.rank, "[rows, rank]");
     const auto s = static_cast<float>(scaling);
+    const Tensor nothing = torch::stable::new_empty(grad_y, {0});
 
-    Tensor dh;
-    Matrix dh_matrix = {};
-    if (need_x || need_a) {
-        dh = empty_fp32(x, dy.rows, adapter.rank);
-        dh_matrix = {dh.const_data_ptr(), adapter.rank, Dtype::kFloat32};
-        Gemm gemm = gemm_into(dh, dy.rows, adapter.rank);
-        add(gemm, times(dy.matrix, adapter.b.matrix, dy.columns));
-        gemm.contractions[0].x_scale = s;
-        run(op, gemm);
-    }
-
-    Tensor grad_x =
-        need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type()) : torch::stable::new_empty(grad_y, {0});
+    const Tensor dh = need_x || need_a ? grad_h_of(op, dy, adapter, s) : nothing;
+    Tensor grad_x = need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type()) : nothing;
     if (need_x) {
         Gemm gemm = gemm_into(grad_x, dy.rows, rows.columns);
-        add(gemm, times(dh_matrix, adapter.a.matrix, adapter.rank));
+        add(gemm, times(rows_of(op, "grad_h", dh).matrix, adapter.a.matrix, adapter.rank));
         gemm.contractions[0].result_dropout = dropout;
         add(gemm, times(dy.matrix, base));
         run(op, gemm);
     }
-
-    Tensor grad_a = need_a ? torch::stable::new_empty(lora_a, lora_a.sizes()) : torch::stable::new_empty(lora_a, {0});
-    if (need_a) {
-        Gemm gemm = gemm_into(grad_a, adapter.rank, rows.columns);
-        add(gemm, times(dh_matrix, rows.matrix, rows.rows));
-        gemm.contractions[0].x_transposed = true;
-        gemm.contractions[0].weight_dropout = dropout;
-        run(op, gemm);
-    }
-
-    // dB^T = (scaling * h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
-    Tensor grad_b = need_b ? torch::stable::new_empty(lora_b, lora_b.sizes()) : torch::stable::new_empty(lora_b, {0});
-    if (need_b) {
-        Gemm gemm = gemm_into(grad_b, adapter.rank, dy.columns);
-        add(gemm, times(low_rank.matrix, dy.matrix, dy.rows));
-        gemm.contractions[0].x_transposed = true;
-        gemm.contractions[0].x_scale = s;
-        gemm.out_transposed = true;
-        gemm.out_stride = adapter.rank;
-        run(op, gemm);
-    }
+    Tensor grad_a = need_a ? grad_a_of(op, dh, rows, lora_a, dropout) : torch::stable::new_empty(lora_a, {0});
+    Tensor grad_b = need_b ? grad_b_of(op, dy, low_rank, lora_b, s) : torch::stable::new_empty(lora_b, {0});
     return {grad_x, grad_a, grad_b};
 }
 
