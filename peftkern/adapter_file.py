@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.nn.lora_linear import LoRASettings
+from peftkern.nn._low_rank_linear import LoRASettings
 from peftkern.ops._linear import FLOATING
 
 CONFIG_NAME = "adapter_config.json"

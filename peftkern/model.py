@@ -12,7 +12,8 @@ from torch import nn
 from peftkern._modules import check_model, outer_modules, output_heads, places, put, unwrapped, use_forward_of_linears
 from peftkern.adapter_file import AdapterFile, matches, read_adapter, targets_for, write_adapter
 from peftkern.nn._adapted_linear import check_base
-from peftkern.nn.lora_linear import LoRALinear, LoRASettings, check_adapter
+from peftkern.nn._low_rank_linear import LoRASettings, check_adapter
+from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear, _is_sharded
 from peftkern.ops._linear import FLOATING
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
