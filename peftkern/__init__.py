@@ -2,7 +2,7 @@
 
 from peftkern import nn
 from peftkern.explain import explain, report
-from peftkern.model import add_lora, load_adapter, quantize, save_adapter
+from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.ia3_linear import ia3_linear
@@ -10,22 +10,45 @@ from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
+from peftkern.tuning import (
+    add_lora,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    load,
+    load_adapter,
+    merge,
+    save,
+    save_adapter,
+    set_adapter,
+    tune,
+    unmerge,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NF4Weight",
     "add_lora",
+    "delete_adapter",
+    "disable_adapters",
     "dora_linear",
+    "enable_adapters",
     "explain",
     "ia3_linear",
+    "load",
     "load_adapter",
     "lora_linear",
+    "merge",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
     "nn",
     "quantize",
     "report",
+    "save",
     "save_adapter",
+    "set_adapter",
+    "tune",
+    "unmerge",
 ]

@@ -21,7 +21,8 @@ import peftkern
 from peftkern.cli import data, info, loading, peers, report
 from peftkern.cli.errors import UsageError
 from peftkern.cli.training import Settings, bits_per_byte, load_checkpoint, train
-from peftkern.model import add_lora, quantize, save_adapter
+from peftkern.model import quantize
+from peftkern.tuning import add_lora, save_adapter
 
 EMBEDDED_MODEL = Path(peftkern.__file__).parent / "data" / "base_model"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

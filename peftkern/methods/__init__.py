@@ -1,0 +1,13 @@
+"""The fine-tuning methods by name, one file each."""
+
+from peftkern.methods._method import Method
+from peftkern.methods.lora import LoRA, QLoRA
+
+# One line each. A file is read by the first whose `reads` says so.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        LoRA(),
+        QLoRA(),
+    )
+}
