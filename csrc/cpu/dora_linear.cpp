@@ -21,6 +21,8 @@ using torch::headeronly::ScalarType;
 // Below this share of ||W||^2 the factored norm is the difference of nearly equal numbers, and rows take the direct
 // one: the products' relative error, 2^-24 or (bf16) about 6e-5 of ||W||^2, stays below 1e-3 of the norm.
 constexpr float kLeastShare = 1e-3f, kLeastShareBf16 = 0.1f;
+// From this depth on the roundings of bf16 factors average out: 2^-9 / 16 of a product.
+constexpr int64_t kLeastDepthBf16 = 256;
 
 Tensor column_vector(const char* op, const char* name, const Tensor& tensor, int64_t size) {
     check_dtype(op, name, tensor, tensor.scalar_type() == ScalarType::Float, "fp32");
@@ -87,6 +89,27 @@ float direct_norm(const Weight& w, int64_t row, const float* b, const float* a, 
 
 }  // namespace
 
+// ||W_j||^2. It is needed once a weight, so that plain code will do.
+Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
+                               OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
+                               int64_t out_features, int64_t in_features) {
+    const Weight w = weight_of("dora_linear_square_norm", weight, absmax, nested_absmax, nested_quant_map, offset,
+                               block_size, out_features, in_features);
+    Tensor squares = torch::stable::new_empty(weight, {out_features}, ScalarType::Float);
+    auto* out = squares.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, out_features, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+            double sum = 0;
+            for (int64_t k = 0; k < in_features; ++k) {
+                const double v = w.is_nf4 ? nf4_value(w.nf4, j, k) : dense_value(w.dense.matrix, j, k);
+                sum += v * v;
+            }
+            out[j] = static_cast<float>(sum);
+        }
+    });
+    return squares;
+}
+
 Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
                         OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size, Tensor lora_a,
                         Tensor lora_b, double scaling, Tensor square_norm, bool bf16) {
@@ -100,6 +123,7 @@ Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nes
     const Tensor squares = column_vector(op, "square_norm", square_norm, out_features);
     const Tensor a = wide(lora_a), b = wide(lora_b);
     const int64_t rank = adapter.rank;
+    bf16 = bf16 && in_features >= kLeastDepthBf16;
     const Tensor cross = product(op, bf16 ? torch::stable::to(lora_a, ScalarType::BFloat16) : a, base, true);
     Tensor norm = torch::stable::new_empty(squares, {out_features});
 
@@ -277,6 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+    m.impl("dora_linear_square_norm", TORCH_BOX(&dora_linear_square_norm));
     m.impl("dora_linear_norm", TORCH_BOX(&dora_linear_norm));
     m.impl("dora_linear_norm_backward", TORCH_BOX(&dora_linear_norm_backward));
     m.impl("dora_linear", TORCH_BOX(&dora_linear));
