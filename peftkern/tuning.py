@@ -18,6 +18,7 @@ from peftkern.methods._linear import ALL_LINEAR
 from peftkern.methods._method import Method, did_you_mean
 from peftkern.nn._adapters import AdapterModule, check_name
 from peftkern.nn._merge import MergeReport, Target
+from peftkern.nn.full_weights import FullWeights
 
 
 def tune(model: nn.Module, method: str, adapter_name: str = "default", **options: Any) -> nn.Module:
@@ -162,13 +163,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     check_model("delete_adapter", model)
     _check_exists("delete_adapter", model, adapter_name)
-    found = places(model)
     for module in adapter_modules(model).values():
         if adapter_name in module.settings:
             module.delete_adapter(adapter_name)
-            base = getattr(module, "base_layer", None)
-            if not module.settings and isinstance(base, nn.Module) and found[module] != [""]:
-                put(model, found[module], base)
+    _remove_empty(model)
 
 
 def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dict[str, MergeReport]:
@@ -177,7 +175,7 @@ def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dic
     Args:
         to: "dense", in the base weight's dtype, or "nf4", which quantises again and loses most of a small adapter.
         keep_base: keep the base weights, so that `unmerge` is exact; False makes the merge final and deletes the
-            adapter.
+            adapter, and layers without another are plain ones again.
 
     Returns:
         Path of each layer -> what rounding the merged weight cost.
@@ -205,6 +203,8 @@ def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dic
             for path in reports:
                 _merging(active[path]).unmerge()
         raise
+    if not keep_base:
+        _remove_empty(model)
     return reports
 
 
@@ -327,6 +327,20 @@ def _check_exists(op: str, model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in names:
         known = ", ".join(map(repr, names)) or "none"
         raise ValueError(f"{op}: no adapter {adapter_name!r}{did_you_mean(adapter_name, names)}; there is {known}")
+
+
+def _remove_empty(model: nn.Module) -> None:
+    """Puts the base in the place of each module that has no adapter left."""
+    found = places(model)
+    for module in adapter_modules(model).values():
+        if module.settings or found[module] == [""]:
+            continue
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            put(model, found[module], base)
+        elif isinstance(module, FullWeights):
+            for path in found[module]:
+                model.delete_submodule(path)
 
 
 def _merging(module: AdapterModule) -> Any:

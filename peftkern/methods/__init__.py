@@ -1,6 +1,8 @@
 """The fine-tuning methods by name, one file each."""
 
 from peftkern.methods._method import Method
+from peftkern.methods.bitfit import BitFit
+from peftkern.methods.full import Full
 from peftkern.methods.lora import LoRA, QLoRA
 
 # One line each. A file is read by the first whose `reads` says so.
@@ -9,5 +11,7 @@ METHODS: dict[str, Method] = {
     for method in (
         LoRA(),
         QLoRA(),
+        BitFit(),
+        Full(),
     )
 }
