@@ -340,7 +340,8 @@ def _remove_empty(model: nn.Module) -> None:
             put(model, found[module], base)
         elif isinstance(module, FullWeights):
             for path in found[module]:
-                model.delete_submodule(path)
+                parent, _, attribute = path.rpartition(".")
+                delattr(model.get_submodule(parent), attribute)
 
 
 def _merging(module: AdapterModule) -> Any:

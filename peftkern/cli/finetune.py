@@ -1,4 +1,4 @@
-"""`peftkern finetune`: LoRA or QLoRA of a causal LM on a text file, measured on held-out text."""
+"""`peftkern finetune`: any method, of a causal LM on a text file, measured on held-out text."""
 
 import argparse
 import json
@@ -18,16 +18,14 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.cli import data, info, loading, peers, report
+from peftkern.cli import data, info, loading, peers, presets, report
 from peftkern.cli.errors import UsageError
 from peftkern.cli.training import Settings, bits_per_byte, load_checkpoint, train
-from peftkern.model import quantize
-from peftkern.tuning import add_lora, save_adapter
+from peftkern.methods import METHODS
+from peftkern.tuning import save, tune
 
 EMBEDDED_MODEL = Path(peftkern.__file__).parent / "data" / "base_model"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# The embedded model has 4.5 M parameters and takes steps that would wreck a real one.
-EMBEDDED_LEARNING_RATE, LEARNING_RATE = 4e-3, 2e-4
 FINAL_STEPS = 10
 CHECKPOINT, PEER_CHECKPOINT = "checkpoint.pt", "checkpoint-peer.pt"
 
@@ -62,19 +60,21 @@ def add_parser(subparsers: Any) -> None:
         "the same command goes on where it stopped.",
     )
     shown = "(default %(default)s)"
-    rates = f"{LEARNING_RATE:g}, or {EMBEDDED_LEARNING_RATE:g} for the embedded model"
+    embedded, real = presets.LEARNING_RATES["lora"]
+    rates = f"by method, for LoRA {real:g}, or {embedded:g} for the embedded model"
+    rank, alpha, dropout = presets.SIZES.values()
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face model folder (default: the embedded model)")
     add("--data", type=Path, metavar="FILE", help='.txt, or .jsonl with "text" (default: the Python help texts)')
     add("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help=f"adapter and metrics {shown}")
-    add("--method", choices=("lora", "qlora"), default="qlora", help=f"on dense weights, or on NF4 {shown}")
+    add("--method", choices=tuple(METHODS), default="qlora", help=f"what is trained {shown}")
     add("--steps", type=_count, default=120, help=f"optimizer steps {shown}")
     add("--batch-size", type=_count, default=8, help=f"sequences per step {shown}")
     add("--sequence-length", type=_count, default=256, help=f"tokens per sequence {shown}")
     add("--learning-rate", type=_positive, help=f"peak, after warm-up; then a cosine (default {rates})")
-    add("--rank", type=_count, default=16, help=f"rank of the adapters {shown}")
-    add("--alpha", type=_positive, default=32.0, help=f"the adapters are scaled by alpha / rank {shown}")
-    add("--dropout", type=_probability, default=0.0, help=f"dropout before the adapters {shown}")
+    add("--rank", type=_count, help=f"rank of the adapters, for methods that have one (default {rank})")
+    add("--alpha", type=_positive, help=f"low-rank adapters are scaled by alpha / rank (default {alpha:g})")
+    add("--dropout", type=_probability, help=f"dropout before the adapters (default {dropout:g})")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help=f"weights and activations; adapters are fp32 {shown}")
     add("--seed", type=_seed, default=0, help=f"of the first adapter, the data order and dropout {shown}")
     add("--threads", type=_count, help="CPU threads (default: torch's choice)")
@@ -101,7 +101,7 @@ class _Task:
         return bits_per_byte(model, self.tokens, self.text.held_out_bytes, self.settings)
 
     def save_adapter(self, model: nn.Module, folder: Path) -> None:
-        save_adapter(model, folder, base_model_name_or_path=str(self.folder.resolve()))
+        save(model, folder, base_model_name_or_path=str(self.folder.resolve()))
 
     def train(self, name: str, model: nn.Module, checkpoint: str, resume: dict | None) -> dict[str, Any]:
         """Trains and gives a run's figures: speed without evaluation, losses, bits per byte after."""
@@ -117,7 +117,6 @@ class _Task:
 
 
 def _settings(args: argparse.Namespace, text: data.Split) -> Settings:
-    default_rate = EMBEDDED_LEARNING_RATE if args.model is None else LEARNING_RATE
     return Settings(
         method=args.method,
         model="embedded" if args.model is None else str(args.model.resolve()),
@@ -125,12 +124,10 @@ def _settings(args: argparse.Namespace, text: data.Split) -> Settings:
         steps=args.steps,
         batch_size=args.batch_size,
         sequence_length=args.sequence_length,
-        learning_rate=args.learning_rate or default_rate,
-        rank=args.rank,
-        alpha=args.alpha,
-        dropout=args.dropout,
+        learning_rate=args.learning_rate or presets.learning_rate(args.method, args.model is None),
         dtype=args.dtype,
         seed=args.seed,
+        **presets.sizes(args),
     )
 
 
@@ -145,16 +142,14 @@ def _read_task(args: argparse.Namespace) -> _Task:
 
 
 def _load_adapted(task: _Task) -> nn.Module:
-    """The base model, quantised if QLoRA, with a fresh adapter that the seed decides."""
+    """The base model with a fresh adapter that the seed decides."""
     settings = task.settings
     model = loading.load_model(task.folder, task.dtype)
     loading.check_fits(model, task.tokens, settings.sequence_length)
     torch.manual_seed(settings.seed)
     try:
-        if settings.method == "qlora":
-            model = quantize(model)
-        return add_lora(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
-    except ValueError as error:
+        return tune(model, settings.method, **settings.options)
+    except (TypeError, ValueError) as error:
         raise UsageError(f"--model: {task.folder}: {loading.first_line(error)}") from error
 
 

@@ -31,7 +31,11 @@ CHECKPOINT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the losses; a checkpoint of other settings is not resumed."""
+    """Everything that decides the losses; a checkpoint of other settings is not resumed.
+
+    Attributes:
+        rank, alpha, dropout: None for a method without.
+    """
 
     method: str
     model: str
@@ -40,11 +44,17 @@ class Settings:
     batch_size: int
     sequence_length: int
     learning_rate: float
-    rank: int
-    alpha: float
-    dropout: float
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
     dtype: str
     seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own."""
+        own = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def tokens_per_step(self) -> int:
