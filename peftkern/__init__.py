@@ -5,6 +5,8 @@ from peftkern.explain import explain, report
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
+from peftkern.ops.dora_linear import dora_linear
+from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
@@ -31,8 +33,10 @@ __all__ = [
     "add_lora",
     "delete_adapter",
     "disable_adapters",
+    "dora_linear",
     "enable_adapters",
     "explain",
+    "ia3_linear",
     "load",
     "load_adapter",
     "lora_linear",

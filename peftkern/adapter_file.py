@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.nn.lora_linear import LoRASettings
+from peftkern.nn._low_rank_linear import LoRASettings
+from peftkern.nn.dora_linear import DoRASettings
 from peftkern.ops._linear import FLOATING
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+# In the order of the layers' `adapter_parameters`; the magnitude is DoRA's.
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # PEFT options that change what the layer computes, or which tensors are trained.
 _UNSUPPORTED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -47,13 +49,13 @@ class AdapterFile:
     """What the two files hold.
 
     Attributes:
-        factors: path of the linear layer in the base model -> (A [rank, in], B [out, rank]).
+        factors: path of the linear layer in the base model -> (A [rank, in], B [out, rank]), for DoRA (A, B, m [out]).
         settings: path -> the layer's settings.
         target_modules: by which PEFT finds the layers, see `matches`; None if other options narrow them down.
         base_model_name_or_path: what PEFT records of the base model.
     """
 
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: dict[str, tuple[Tensor, ...]]
     settings: dict[str, LoRASettings]
     target_modules: Targets | None
     base_model_name_or_path: str | None = None
@@ -200,7 +202,7 @@ def _config(file: AdapterFile) -> dict[str, Any]:
         "init_lora_weights": True,
         "lora_bias": False,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": isinstance(next(iter(settings.values())), DoRASettings),
     }
 
 
@@ -213,9 +215,9 @@ def write_adapter(directory: Path, file: AdapterFile) -> None:
         ImportError: safetensors is not installed.
     """
     tensors = {
-        f"base_model.model.{path}.lora_{factor}.weight": tensor
-        for path, pair in file.factors.items()
-        for factor, tensor in zip("AB", pair)
+        f"base_model.model.{path}.{part}": tensor
+        for path, factors in file.factors.items()
+        for part, tensor in zip(_PARTS, factors)
     }
     write_pair(directory, _config(file), tensors)
 
@@ -231,24 +233,27 @@ def read_adapter(directory: Path) -> AdapterFile:
     check_pair(directory)
     config = _read_lora_config(directory / CONFIG_NAME)
     where = str(directory / TENSORS_NAME)
+    wanted = _PARTS if config.get("use_dora") else _PARTS[:2]
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(directory / TENSORS_NAME).items():
         parts = _KEY.fullmatch(key)
-        if parts is None:
-            raise ValueError(f'load: {where}: "{key}" is not a linear layer\'s lora_A or lora_B')
-        if tensor.dtype not in FLOATING or tensor.dim() != 2 or not torch.isfinite(tensor).all():
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f'load: {where}: "{key}" must be a finite floating-point matrix, got {got}')
-        pairs.setdefault(parts["path"], {})[parts["factor"]] = tensor
+        if parts is None or parts["part"] not in wanted:
+            raise ValueError(f'load: {where}: "{key}" is not a linear layer\'s {", ".join(wanted)}')
+        is_vector = parts["part"] == _PARTS[2]
+        if tensor.dtype not in FLOATING or tensor.dim() != 2 - is_vector or not torch.isfinite(tensor).all():
+            got, shape = f"{tensor.dtype} {list(tensor.shape)}", "vector" if is_vector else "matrix"
+            raise ValueError(f'load: {where}: "{key}" must be a finite floating-point {shape}, got {got}')
+        pairs.setdefault(parts["path"], {})[parts["part"]] = tensor
     if not pairs:
         raise ValueError(f"load: {where} has no tensors")
 
     factors, settings = {}, {}
     for path, pair in pairs.items():
-        if len(pair) != 2:
-            raise ValueError(f'load: {where}: "{path}" has lora_{next(iter(pair))} alone')
+        if len(pair) != len(wanted):
+            raise ValueError(f'load: {where}: "{path}" has {" and ".join(sorted(pair))} alone')
         settings[path] = _settings(config, path)
-        factors[path] = a, b = pair["A"], pair["B"]
+        factors[path] = tuple(pair[part] for part in wanted)
+        a, b = factors[path][:2]
         if not a.shape[0] == b.shape[1] == settings[path].rank:
             got = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
             raise ValueError(f'load: {where}: "{path}" must have rank {settings[path].rank}, got {got}')
@@ -302,7 +307,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> 
 
 
 def _settings(config: Mapping[str, Any], path: str) -> LoRASettings:
-    return LoRASettings(
+    return (DoRASettings if config.get("use_dora") else LoRASettings)(
         rank=_by_pattern(config.get("rank_pattern"), path, config["r"]),
         alpha=_by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]),
         dropout=config.get("lora_dropout", 0.0),

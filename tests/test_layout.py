@@ -33,12 +33,13 @@ def tracked() -> list[str]:
 FILES = tracked()
 SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 # Parts of another op, and what tests count tiles with.
-STEM_OF = {"nf4_quantize_absmax": "nf4_quantize"}
+STEM_OF = {"nf4_quantize_absmax": "nf4_quantize", "dora_linear_norm": "dora_linear"}
 NOT_AN_OP = {"cpu_tiles_run"}
 
 
 def stem(schema: str) -> str:
-    return STEM_OF.get(schema, schema).removesuffix("_backward")
+    name = schema.removesuffix("_backward")
+    return STEM_OF.get(name, name)
 
 
 def test_no_long_file():

@@ -18,9 +18,11 @@ Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, i
 // h = dropout(x) A^T in fp32.
 Tensor down_projection(const char* op, const Rows& x, const Adapter& adapter, const Dropout& dropout);
 
-// dh = s dy B in fp32, dA = dh^T dropout(x), dB = s dy^T h; gradients come in the adapters' dtypes.
+// dh = s dy B in fp32, dA = dh^T dropout(x), dB = s dy^T h, its rows scaled if asked to; gradients come in the
+// adapters' dtypes.
 Tensor grad_h_of(const char* op, const Rows& dy, const Adapter& adapter, float s);
 Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tensor& lora_a, const Dropout& dropout);
-Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s);
+Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s,
+                 const float* row_scale = nullptr);
 
 }  // namespace peftkern

@@ -2,7 +2,9 @@
 
 from peftkern.methods._method import Method
 from peftkern.methods.bitfit import BitFit
+from peftkern.methods.dora import DoRA
 from peftkern.methods.full import Full
+from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
 
 # One line each. A file is read by the first whose `reads` says so.
@@ -13,5 +15,7 @@ METHODS: dict[str, Method] = {
         QLoRA(),
         BitFit(),
         Full(),
+        DoRA(),
+        IA3(),
     )
 }

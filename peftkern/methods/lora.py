@@ -13,7 +13,8 @@ from peftkern._modules import activate, outer_modules
 from peftkern.adapter_file import AdapterFile, matches, read_adapter, targets_for, write_adapter
 from peftkern.methods._linear import ALL_LINEAR, LinearMethod, is_linear
 from peftkern.model import quantize
-from peftkern.nn.lora_linear import LoRALinear, LoRASettings, check_adapter
+from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear, check_adapter
+from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear, _is_sharded
 
 
@@ -43,11 +44,10 @@ class LoRA(LinearMethod):
 
     def save(self, model: nn.Module, directory: Path, adapter_name: str, base_model_name_or_path: str | None) -> None:
         """A scaling that was changed by hand is not saved."""
-        found = cast("dict[str, LoRALinear]", self.modules(model, adapter_name))
-        layers = {path: layer for path, layer in found.items() if path}
+        layers = {path: layer for path, layer in self.modules(model, adapter_name).items() if path}
         if not layers:
-            raise ValueError(f"save: the model holds no LoRALinear with an adapter {adapter_name!r}")
-        factors = {path: layer.factors(adapter_name) for path, layer in layers.items()}
+            raise ValueError(f"save: the model holds no {self.module.__name__} with an adapter {adapter_name!r}")
+        factors = {path: layer.adapter_parameters(adapter_name) for path, layer in layers.items()}
         for path, pair in factors.items():
             if any(factor.is_meta or _is_sharded(factor) for factor in pair):
                 raise ValueError(f'save: "{path}": the adapter is on meta or sharded and has no values to save')
@@ -79,10 +79,10 @@ class LoRA(LinearMethod):
             self.put(model, file.settings, adapter_name)
         with torch.no_grad():
             for path, pair in file.factors.items():
-                layer = cast(LoRALinear, model.get_submodule(path))
+                layer = cast(LowRankLinear, model.get_submodule(path))
                 if layer.merged:
                     layer.unmerge()
-                for own, read in zip(layer.factors(adapter_name), pair):
+                for own, read in zip(layer.adapter_parameters(adapter_name), pair):
                     own.copy_(read)
 
     def _check_fits(self, model: nn.Module, path: str, file: AdapterFile) -> None:
@@ -94,10 +94,11 @@ class LoRA(LinearMethod):
         if layer.weight.is_meta:
             raise ValueError(f'load: "{path}" is on the meta device; load the base model first')
         rank = file.settings[path].rank
-        wanted = [[rank, layer.in_features], [layer.out_features, rank]]
         got = [list(factor.shape) for factor in file.factors[path]]
+        wanted = [[rank, layer.in_features], [layer.out_features, rank], [layer.out_features]][: len(got)]
         if got != wanted:
-            raise ValueError(f'load: "{path}": lora_A and lora_B must have shapes {wanted}, got {got}')
+            names = "lora_A and lora_B" if len(got) == 2 else "lora_A, lora_B and lora_magnitude_vector"
+            raise ValueError(f'load: "{path}": {names} must have shapes {wanted}, got {got}')
 
 
 def _check_complete(model: nn.Module, file: AdapterFile) -> None:
