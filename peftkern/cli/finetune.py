@@ -2,14 +2,9 @@
 
 import argparse
 import json
-import math
-import os
 import resource
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,37 +13,16 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.cli import data, info, loading, peers, presets, report
+from peftkern.cli import arguments, data, info, loading, output, peers, presets, report
 from peftkern.cli.errors import UsageError
+from peftkern.cli.tasks import DTYPES
 from peftkern.cli.training import Settings, bits_per_byte, load_checkpoint, train
 from peftkern.methods import METHODS
 from peftkern.tuning import save, tune
 
 EMBEDDED_MODEL = Path(peftkern.__file__).parent / "data" / "base_model"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FINAL_STEPS = 10
 CHECKPOINT, PEER_CHECKPOINT = "checkpoint.pt", "checkpoint-peer.pt"
-
-
-def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: parsed by `kind`, and refused with `wanted` unless `accepts` it."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-_count = _number(int, lambda n: n >= 1, "a whole number from 1")
-_seed = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-_positive = _number(float, lambda x: 0 < x < math.inf, "a positive number")
-_probability = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,16 +42,16 @@ def add_parser(subparsers: Any) -> None:
     add("--data", type=Path, metavar="FILE", help='.txt, or .jsonl with "text" (default: the Python help texts)')
     add("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help=f"adapter and metrics {shown}")
     add("--method", choices=tuple(METHODS), default="qlora", help=f"what is trained {shown}")
-    add("--steps", type=_count, default=120, help=f"optimizer steps {shown}")
-    add("--batch-size", type=_count, default=8, help=f"sequences per step {shown}")
-    add("--sequence-length", type=_count, default=256, help=f"tokens per sequence {shown}")
-    add("--learning-rate", type=_positive, help=f"peak, after warm-up; then a cosine (default {rates})")
-    add("--rank", type=_count, help=f"rank of the adapters, for methods that have one (default {rank})")
-    add("--alpha", type=_positive, help=f"low-rank adapters are scaled by alpha / rank (default {alpha:g})")
-    add("--dropout", type=_probability, help=f"dropout before the adapters (default {dropout:g})")
+    add("--steps", type=arguments.count, default=120, help=f"optimizer steps {shown}")
+    add("--batch-size", type=arguments.count, default=8, help=f"sequences per step {shown}")
+    add("--sequence-length", type=arguments.count, default=256, help=f"tokens per sequence {shown}")
+    add("--learning-rate", type=arguments.positive, help=f"peak, after warm-up; then a cosine (default {rates})")
+    add("--rank", type=arguments.count, help=f"rank of the adapters, for methods that have one (default {rank})")
+    add("--alpha", type=arguments.positive, help=f"low-rank adapters are scaled by alpha / rank (default {alpha:g})")
+    add("--dropout", type=arguments.probability, help=f"dropout before the adapters (default {dropout:g})")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help=f"weights and activations; adapters are fp32 {shown}")
-    add("--seed", type=_seed, default=0, help=f"of the first adapter, the data order and dropout {shown}")
-    add("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    add("--seed", type=arguments.seed, default=0, help=f"of the first adapter, the data order and dropout {shown}")
+    add("--threads", type=arguments.count, help="CPU threads (default: torch's choice)")
     add("--compare", action="store_true", help="run the same steps through HF PEFT + bitsandbytes too")
     add("--restart", action="store_true", help="discard an unfinished run in the output folder")
     parser.set_defaults(run=run)
@@ -159,35 +133,16 @@ def _train_peer(task: _Task, first_adapter: Path, resume: dict | None) -> dict[s
     return {"name": name, **task.train(name, model, PEER_CHECKPOINT, resume)}
 
 
-def _prepare_output(output: Path) -> None:
-    """Raises OSError if no file can be written there."""
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output):
-        pass
-
-
 def _peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@contextmanager
-def _all_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder whose files move to `output` when all are written, and vanish otherwise."""
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            os.replace(file, output / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_results(task: _Task, model: nn.Module, metrics: dict[str, Any]) -> None:
     """Adapter, metrics and loss curve in place of the checkpoints."""
     peer = metrics["peer"]
     curve = report.loss_curve({"peftkern": metrics["losses"]} | ({peer["name"]: peer["losses"]} if peer else {}))
-    with _all_or_nothing(task.output) as staging:
+    with output.all_or_nothing(task.output) as staging:
         task.save_adapter(model, staging)
         (staging / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
         if curve is None:
@@ -216,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         for name in (CHECKPOINT, PEER_CHECKPOINT)
     )
     model = _load_adapted(task)
-    _prepare_output(task.output)
+    output.prepare(task.output)
 
     with tempfile.TemporaryDirectory() as first_adapter:
         if args.compare:

@@ -43,3 +43,8 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{name}: {args.method} has none, got {getattr(args, name)}")
     given = {name: getattr(args, name) if name in known else None for name in SIZES}
     return {name: SIZES[name] if value is None and name in known else value for name, value in given.items()}
+
+
+def default_sizes(method: str) -> dict[str, Any]:
+    """The options in SIZES that a method has."""
+    return {name: value for name, value in SIZES.items() if name in METHODS[method].options()}
