@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class LoRA(LinearMethod):
     """Low-rank adapters on linear layers; PEFT's files."""
 
     name = "lora"
-    module = LoRALinear
+    module: ClassVar[type[LowRankLinear]] = LoRALinear
     mergeable = True
     overwrites = True
 
