@@ -16,8 +16,7 @@ def loraplus_groups(
     weight_decay: float = 0.0,
     embedding_learning_rate: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer, those of PEFT's `create_loraplus_optimizer` (LoRA+, arXiv 2402.12354,
-    section 4).
+    """Parameter groups for an optimizer, as PEFT's `create_loraplus_optimizer` (LoRA+, arXiv 2402.12354, section 4).
 
     At `learning_rate`: all that the others leave, A among it. At `ratio` times it: B, and everything of one dimension,
     as DoRA's magnitudes and BitFit's biases are; of these the biases and what is inside an nn.LayerNorm have no weight

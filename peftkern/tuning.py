@@ -152,8 +152,10 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes one adapter. If it was the active one, none is active afterwards; a layer whose last adapter it was is
-    again the plain one it had been.
+    """Removes one adapter.
+
+    If it was the active one, none is active afterwards. A layer whose last adapter it was is again the plain one it had
+    been.
 
     Args:
         adapter_name: which one.
@@ -263,10 +265,9 @@ def save_adapter(
     adapter_name: str = "default",
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Writes one LoRA adapter as HF PEFT does: `adapter_config.json` and `adapter_model.safetensors`, whole or not at
-    all. `save` does so for every method.
+    """Writes one LoRA adapter as HF PEFT does, whole or not at all (`save` does so for every method).
 
-    `peft.PeftModel.from_pretrained(base_model, directory)` reads it. A scaling that was changed by hand is not saved.
+    `adapter_config.json` and `adapter_model.safetensors`: `peft.PeftModel.from_pretrained(base_model, directory)` reads it. A scaling that was changed by hand is not saved.
 
     Args:
         model: with LoRALinear layers.
@@ -283,10 +284,9 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Reads a LoRA adapter that HF PEFT or `save_adapter` wrote, in place; it becomes active and trainable. `load` does
-    so for every method.
+    """Reads a LoRA adapter that HF PEFT or `save_adapter` wrote, in place (`load` does so for every method).
 
-    Onto a model without this adapter it does what `add_lora` does, with fp32 factors. Onto one that has it with the
+    It becomes active and trainable. Onto a model without this adapter it does what `add_lora` does, with fp32 factors. Onto one that has it with the
     same settings the values are copied into the parameters there, so that an optimizer goes on with them.
 
     Args:

@@ -217,7 +217,7 @@ def test_whole_model_round_trip_and_report(tmp_path, seed):
     expected = model(x)
     assert torch.equal(peftkern.load(base, tmp_path)(x), expected)
     rows = {row.name: row.method for row in peftkern.report(model).rows}
-    assert rows["output_layernorm"] == "Bias" and rows["attention.query"] == "Bias" and rows["scale"] == "frozen"
+    assert rows["output_layernorm"] == rows["attention.query"] == "BitFit" and rows["scale"] == "frozen"
     records = {record.name: record[1:3] for record in peftkern.explain(model)}
     assert records["intermediate"] == ("linear", "torch") and records["output_layernorm"] == ("bias", "torch")
     peftkern.merge(model)

@@ -32,7 +32,14 @@ class Full(Method):
     mergeable = True
 
     def install(self, model: nn.Module, adapter_name: str, target_modules: str | Iterable[str] = "all") -> None:
-        """With `target_modules`, as ends of paths or a regular expression, only what is inside modules that match."""
+        """See `Method.install`.
+
+        Args:
+            model: any.
+            adapter_name: of the adapter.
+            target_modules: ends of paths, or a regular expression for whole paths, of the parameters to train or of
+                modules around them; "all" for every one.
+        """
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         names = self._names(self.name, model, targets)
         self._put(model, adapter_name, names, FullSettings(targets))

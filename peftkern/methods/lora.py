@@ -37,6 +37,7 @@ class LoRA(LinearMethod):
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """See `peftkern.add_lora`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         plan = {path: settings for path in self.select(self.name, model, target_modules, adapter_name)}
@@ -129,6 +130,7 @@ class QLoRA(LoRA):
         block_size: int = 64,
         double_quant: bool = True,
     ) -> None:
+        """See `peftkern.add_lora`, and for the last two `peftkern.nf4_quantize`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         paths = self.select(self.name, model, target_modules, adapter_name)

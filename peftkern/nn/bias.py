@@ -41,6 +41,10 @@ class BiasAdapters(AdapterModule):
         self.bias_delta = nn.ParameterDict()
         self.add_adapter(adapter_name, dtype)
 
+    @property
+    def method_name(self) -> str:
+        return "BitFit"
+
     def add_adapter(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> None:
         """Adds an adapter on the base's device, frozen until `set_adapter` makes it the active one.
 
