@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import multiprocessing
 import os
 import resource
@@ -12,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -125,6 +125,9 @@ def _work(connection: Connection, task: Task, method: str, threads: int | None) 
 def measure(task: Task, method: str, display: Display) -> Measured:
     """Measures a method in this process; see `run`."""
     loading.check_installed()
+    # What the libraries load at their first use is not the method's.
+    task.run_once(task.load())
+    gc.collect()
     resident = _status_bytes("VmRSS") or _peak_bytes()
     model = task.load()
     pristine = task.old_task(model)
@@ -173,21 +176,17 @@ def _architecture(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _latencies(task: Task, base: nn.Module, model: nn.Module, merged: nn.Module | None) -> tuple[float, float | None]:
-    """The model's and the merged one's over the base's, taken in turns."""
+    """The model's and the merged one's over the base's: taken in turns, the median of the turns' ratios."""
     models = [each.eval() for each in (base, model, merged) if each is not None]
-    seconds: list[list[float]] = [[] for _ in models]
-    for turn in range(WARM_UP_ROUNDS + LATENCY_ROUNDS):
-        for each, found in zip(models, seconds):
-            taken = _seconds(lambda each=each: task.run_once(each))  # type: ignore[misc]
-            if turn >= WARM_UP_ROUNDS:
-                found.append(taken)
-    ours = [statistics.median(found) for found in seconds]
-    return ours[1] / ours[0], ours[2] / ours[0] if merged is not None else None
+    turns = [[_seconds(task, each) for each in models] for _ in range(WARM_UP_ROUNDS + LATENCY_ROUNDS)]
+    ratios = [[taken / first for taken in rest] for first, *rest in turns[WARM_UP_ROUNDS:]]
+    ours, *merged_ratio = (statistics.median(column) for column in zip(*ratios))
+    return ours, merged_ratio[0] if merged_ratio else None
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(task: Task, model: nn.Module) -> float:
     started = time.perf_counter()
-    call()
+    task.run_once(model)
     return time.perf_counter() - started
 
 

@@ -208,7 +208,7 @@ class Digits:
 
     @torch.no_grad()
     def run_once(self, model: nn.Module) -> None:
-        model(pixel_values=torch.zeros(1, 1, IMAGE_SIDE, IMAGE_SIDE))
+        model(pixel_values=torch.zeros(DIGITS_BATCH, 1, IMAGE_SIDE, IMAGE_SIDE))
 
     def _fit(
         self, model: nn.Module, examples: tuple[Tensor, Tensor], steps: int, peak: float, display: Display
