@@ -1,4 +1,4 @@
-"""PromptEmbedding and PromptEncoder by themselves: how prompts start, names, per-sample prompts, templates, encoders."""
+"""PromptEmbedding and PromptEncoder by themselves: inits, names, prompts of samples, templates, encoders."""
 
 import copy
 from typing import Any
