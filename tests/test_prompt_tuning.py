@@ -39,16 +39,9 @@ def prompts_of(model: Any) -> PromptEmbedding:
 
 def by_peft(name: str, prompt: Tensor) -> Any:
     """PEFT's model with this prompt, on a base of its own."""
-    base = build(name)
-    heads = {key: value.clone() for key, value in base.state_dict().items()}
     config = peft.PromptTuningConfig(task_type=TASKS[name], num_virtual_tokens=ROWS, num_transformer_submodules=1)
-    model = peft.get_peft_model(base, config)
+    model = peft.get_peft_model(build(name), config)
     model.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
-    assert all(
-        torch.equal(heads[key.replace(".modules_to_save.default", "")], value)
-        for key, value in base.state_dict().items()
-        if "original_module" not in key
-    )
     return model.eval()
 
 
@@ -109,11 +102,11 @@ def test_generation_is_peft_s(name: str, options: dict[str, Any], seed: int) -> 
         assert not torch.equal(generate(model, **inputs, **options), ours)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_padding_does_not_change_generation(name: str, seed: int) -> None:
-    """Left-padded samples give what each gives by itself; PEFT drops the position ids that this takes."""
+@pytest.mark.parametrize(("name", "padding"), [("llama", "left"), ("gpt2", "left"), ("t5", "right")])
+def test_padding_does_not_change_generation(name: str, padding: str, seed: int) -> None:
+    """Padded samples give what each gives by itself; PEFT drops the position ids that left padding takes."""
     model = tuned(build(name), init="normal")
-    inputs = batch_of(padding="left")
+    inputs = batch_of(padding=padding)
     together = generate(model, **inputs)
     for sample in range(3):
         kept = inputs["attention_mask"][sample].bool()

@@ -43,6 +43,11 @@ class PromptModule(AdapterModule):
         super().__init__()
         self.features = _weight_of(type(self).__name__, embedding).shape[1]
 
+    @property
+    def op(self) -> str:
+        """The op that computes with an adapter."""
+        return "prompt_embedding"
+
     def prompt(self, adapter_name: str) -> Tensor:
         """The prompt [rows, features] of an adapter, as a function of what it trains."""
         raise NotImplementedError
