@@ -160,12 +160,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_embedding(Tensor input_ids, Te
     const Sources sources = sources_of(op, input_ids, table.rows, prompt_ids, prompt_places,
                                        dim == 3 ? prompt.size(0) : 1, prompt.size(dim - 2));
 
-    const Tensor nothing = torch::stable::new_empty(input_ids, {0});
-    Tensor mask = nothing, targets = nothing, positions = nothing;
-    if (attention_mask.has_value()) mask = checked(op, "attention_mask", *attention_mask, sources);
-    if (labels.has_value()) targets = integers_of(op, "labels", checked(op, "labels", *labels, sources), true, "");
-    if (position_ids.has_value())
-        positions = integers_of(op, "position_ids", checked(op, "position_ids", *position_ids, sources), true, "");
+    // What was not given comes back empty; an op's outputs may not be one tensor.
+    const auto given = [&](const char* name, const OptionalTensor& values) {
+        return values.has_value() ? checked(op, name, *values, sources) : torch::stable::new_empty(input_ids, {0});
+    };
+    Tensor mask = given("attention_mask", attention_mask);
+    Tensor targets = integers_of(op, "labels", given("labels", labels), true, "");
+    Tensor positions = integers_of(op, "position_ids", given("position_ids", position_ids), true, "");
     if (attention_mask.has_value()) mask = extended(mask, sources, bits_of_one(mask.scalar_type()));
     if (labels.has_value()) targets = extended(targets, sources, kIgnoredLabel);
     if (position_ids.has_value()) positions = extended_positions(positions, sources);
