@@ -12,7 +12,9 @@ VOCABULARY, HIDDEN, POSITIONS = 60, 32, 64
 # Two implementations of one fp32 model: sums in another order.
 SAME = {"rtol": 1e-4, "atol": 1e-5}
 
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Far enough from zero for a prompt to matter.
+_LIVELY = {"initializer_range": 0.2}
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, **_LIVELY}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _DECODER = {
     **_SMALL,
@@ -21,7 +23,7 @@ _DECODER = {
     "max_position_embeddings": POSITIONS,
     **_TOKENS,
 }
-_BERT = {**_SMALL, "intermediate_size": 48, "max_position_embeddings": POSITIONS, "num_labels": 3}
+_BERT = {**_SMALL, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
 
 
 def build(name: str) -> Any:
@@ -32,11 +34,13 @@ def build(name: str) -> Any:
         "gemma": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_DECODER, head_dim=8)),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=POSITIONS, **_TOKENS
+                vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=POSITIONS, **_TOKENS, **_LIVELY
             )
         ),
-        "bert-tokens": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**_BERT)),
-        "bert-samples": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**_BERT)),
+        "bert-tokens": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**_BERT, num_labels=3)),
+        "bert-samples": lambda: transformers.BertForSequenceClassification(
+            transformers.BertConfig(**_BERT, num_labels=3)
+        ),
         "bert-spans": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**_BERT)),
         "t5": lambda: transformers.T5ForConditionalGeneration(
             transformers.T5Config(
@@ -63,6 +67,7 @@ def build(name: str) -> Any:
                 decoder_ffn_dim=48,
                 max_position_embeddings=POSITIONS,
                 scale_embedding=True,
+                init_std=0.2,
                 decoder_start_token_id=2,
                 forced_eos_token_id=None,
                 **_TOKENS,

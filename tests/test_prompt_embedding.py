@@ -310,7 +310,11 @@ SEVERAL = {"prompt": torch.ones(4, 2, FEATURES), "prompt_ids": torch.zeros(3, dt
         ({"labels": LONG.int()}, TypeError, "labels must be torch.int64, got torch.int32"),
         ({"labels": LONG[:2]}, ValueError, r"labels must have shape \[3, 5\], got \[2, 5\]"),
         ({"position_ids": LONG[:2]}, ValueError, r"position_ids must have shape \[3, 5\] or \[1, 5\], got \[2, 5\]"),
-        ({"prompt_places": torch.tensor([1])}, ValueError, r"prompt_places must have shape \[2\] or \[3, 2\], got \[1\]"),
+        (
+            {"prompt_places": torch.tensor([1])},
+            ValueError,
+            r"prompt_places must have shape \[2\] or \[3, 2\], got \[1\]",
+        ),
         ({"prompt_places": torch.tensor([1, 7])}, ValueError, "prompt_places must be from 0 to 6, got 7"),
         ({"prompt_places": torch.tensor([1, 1])}, ValueError, r"prompt_places must be ascending, got \[1, 1\]"),
         ({"backend": "gpu"}, ValueError, "backend must be one of .*, got 'gpu'"),

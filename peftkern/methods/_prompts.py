@@ -18,14 +18,7 @@ from peftkern.nn._prompts import PromptModule
 from peftkern.ops._linear import FLOATING
 
 EMBEDDINGS_KEY = "prompt_embeddings"
-# PEFT's task by the end of a model class's name; PEFT needs it to put the prompt in.
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _LIMITS = ("max_position_embeddings", "n_positions")
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -162,10 +155,10 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 
 def _task(model: nn.Module) -> str:
-    """PEFT's task_type."""
+    """PEFT's task_type, without which it leaves the prompt out. Of the classifiers' it would want a trained head."""
     if _encoder(model) is not None:
         return "SEQ_2_SEQ_LM"
-    return next((task for end, task in _TASKS.items() if _name(model).endswith(end)), "FEATURE_EXTRACTION")
+    return "CAUSAL_LM" if _name(model).endswith(_CAUSAL) else "FEATURE_EXTRACTION"
 
 
 def _hook(model: nn.Module, prompts: PromptModule) -> None:
