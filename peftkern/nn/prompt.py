@@ -143,6 +143,7 @@ class PromptEmbedding(PromptModule):
         self.settings[adapter_name] = settings
 
     def prompt(self, adapter_name: str) -> Tensor:
+        """The prompt [num_virtual_tokens, features] of an adapter."""
         self._check_exists("prompt", adapter_name)
         return self.prompts[adapter_name]
 
@@ -184,6 +185,21 @@ class _EncoderLinear(nn.Linear):
     """A type of its own, so that what swaps every nn.Linear of a model passes it by."""
 
 
+class _BidirectionalLSTM(nn.Module):
+    """nn.LSTM with its parameters' names, for one sequence [rows, features]; torch.compile takes no nn.LSTM whole."""
+
+    def __init__(self, features: int, hidden: int, layers: int, dropout: float, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden, self.layers, self.dropout = hidden, layers, dropout if layers > 1 else 0.0
+        for name, parameter in nn.LSTM(features, hidden, layers, bidirectional=True, **options).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        start = rows.new_zeros(2 * self.layers, 1, self.hidden)
+        weights, options = list(self.parameters()), (True, self.layers, self.dropout, self.training, True, False)
+        return torch.lstm(rows.unsqueeze(1), (start, start), weights, *options)[0].squeeze(1)
+
+
 class _Encoder(nn.Module):
     """Embeddings of the pseudo tokens, and what they go through. Names and sizes are those of PEFT's PromptEncoder."""
 
@@ -193,15 +209,7 @@ class _Encoder(nn.Module):
         self.kind, hidden = settings.encoder, cast(int, settings.hidden_size)
         self.embedding = nn.Embedding(settings.num_virtual_tokens, features, **options)
         if self.kind == "lstm":
-            self.lstm_head = nn.LSTM(
-                features,
-                hidden,
-                settings.num_layers,
-                dropout=settings.dropout,
-                bidirectional=True,
-                batch_first=True,
-                **options,
-            )
+            self.lstm_head = _BidirectionalLSTM(features, hidden, settings.num_layers, settings.dropout, options)
             self.mlp_head = _mlp((2 * hidden, 2 * hidden, features), options)
         elif self.kind == "mlp":
             self.mlp_head = _mlp((features, hidden, hidden, features), options)
@@ -209,7 +217,7 @@ class _Encoder(nn.Module):
     def forward(self) -> Tensor:
         rows = self.embedding.weight
         if self.kind == "lstm":
-            return self.mlp_head(self.lstm_head(rows.unsqueeze(0))[0]).squeeze(0)
+            return self.mlp_head(self.lstm_head(rows))
         return self.mlp_head(rows) if self.kind == "mlp" else rows
 
 
@@ -291,6 +299,7 @@ class PromptEncoder(PromptModule):
         self.settings[adapter_name] = settings
 
     def prompt(self, adapter_name: str) -> Tensor:
+        """The prompt [num_virtual_tokens, features] of an adapter."""
         self._check_exists("prompt", adapter_name)
         return self.encoders[adapter_name]()
 
