@@ -196,7 +196,8 @@ class _BidirectionalLSTM(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         start = rows.new_zeros(2 * self.layers, 1, self.hidden)
-        weights, options = list(self.parameters()), (True, self.layers, self.dropout, self.training, True, False)
+        weights: list[Tensor] = list(self.parameters())
+        options = (True, self.layers, self.dropout, self.training, True, False)
         return torch.lstm(rows.unsqueeze(1), (start, start), weights, *options)[0].squeeze(1)
 
 
