@@ -117,6 +117,9 @@ def test_padding_does_not_change_generation(name: str, padding: str, seed: int) 
 def test_steps_with_a_cache_are_the_whole(seed: int) -> None:
     """By hand, with nothing given that counts the prompt; and a second turn of generate on the first one's cache."""
     model, ids = tuned(build("llama"), init="normal"), batch_of()["input_ids"]
+    for options in ({"prefill_chunk_size": 3}, {"assistant_model": build("llama")}):
+        alone = ids[:1]
+        assert torch.equal(generate(model, input_ids=alone, **options), generate(model, input_ids=alone))
     mask, positions = torch.ones_like(ids), torch.arange(7).expand(3, -1)
     whole = model(input_ids=ids, attention_mask=mask, position_ids=positions)
     first = model(input_ids=ids[:, :4], attention_mask=mask[:, :4], position_ids=positions[:, :4], use_cache=True)
@@ -147,6 +150,22 @@ def test_without_the_prompt_the_base_is_untouched(seed: int) -> None:
         assert torch.equal(model(**inputs).logits, expected)
     for key, value in base.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_what_is_deleted_leaves_room(name: str, seed: int) -> None:
+    """For the other method, with its prompts of samples."""
+    inputs = batch_of()
+    model = tuned(build(name))
+    peftkern.delete_adapter(model, "default")
+    for each in ("first", "second"):
+        peftkern.tune(model, "p_tuning", each, num_virtual_tokens=ROWS)
+    other = build(name)
+    for each in ("first", "second"):
+        peftkern.tune(other, "p_tuning", each, num_virtual_tokens=ROWS)
+    other.p_tuning.load_state_dict(model.p_tuning.state_dict())
+    ids = torch.tensor([1, 0, 1])
+    assert torch.equal(generate(model, **inputs, prompt_ids=ids), generate(other, **inputs, prompt_ids=ids))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -303,6 +322,8 @@ def test_bad_models_and_calls(tmp_path: Path, seed: int) -> None:
     inputs = batch_of()
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[batch, tokens\], got \[3, 1, 7, 7\]"):
         model(inputs["input_ids"], attention_mask=torch.ones(3, 1, 7, 7))
+    with pytest.raises(ValueError, match="a cache of a fixed size, which makes others, is not supported"):
+        generate(model, **inputs, cache_implementation="static")
     with pytest.raises(ValueError, match="input_ids must be from 0 to 59, got 60"):
         model(inputs["input_ids"] * 0 + 60)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[3, 7\], got \[3, 6\]"):

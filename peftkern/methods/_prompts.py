@@ -178,16 +178,21 @@ def _hook(model: nn.Module, prompts: PromptModule) -> None:
         before(encoder, _before_encoder)
         before(cast(Any, model).get_decoder(), _before_decoder)
     if hasattr(model, "prepare_inputs_for_generation"):
-        cast(Any, model).prepare_inputs_for_generation = partial(_prepare_inputs, model, prompts)
+        # Another method may have put its own there.
+        present = vars(model).get("prepare_inputs_for_generation")
+        cast(Any, model).prepare_inputs_for_generation = partial(_prepare_inputs, model, prompts, present)
 
 
-def _prepare_inputs(model: Any, prompts: PromptModule, *args: Any, prompt_ids: Any = None, **kwargs: Any) -> Any:
+def _prepare_inputs(
+    model: Any, prompts: PromptModule, present: Any, *args: Any, prompt_ids: Any = None, **kwargs: Any
+) -> Any:
     """`prepare_inputs_for_generation`, so that generate() takes prompt_ids and goes on from a cache."""
     cache = kwargs.get("past_key_values")
     if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None and _is_filled(cache):
         # generate() takes every place in the cache for one of its tokens.
         kwargs["next_sequence_length"] += prompts.prefix_length
-    inputs = type(model).prepare_inputs_for_generation(model, *args, **kwargs)
+    prepare = present or partial(type(model).prepare_inputs_for_generation, model)
+    inputs = prepare(*args, **kwargs)
     if prompt_ids is not None:
         inputs["prompt_ids"] = prompt_ids
     return inputs
@@ -205,6 +210,8 @@ def _before_model(
     prompts: PromptModule, names: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Call:
     """A model's own call."""
+    if not prompts.settings:
+        return args, kwargs
     prompt_ids = kwargs.pop("prompt_ids", None)
     if not prompts.prompting:
         return args, kwargs
@@ -267,6 +274,8 @@ def _before_encoder_decoder(
     prompts: PromptModule, names: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Call:
     """The encoder's own hook puts the prompt in; the decoder needs the encoder's mask."""
+    if not prompts.settings:
+        return args, kwargs
     if not prompts.prompting:
         kwargs.pop("prompt_ids", None)
         return args, kwargs
@@ -283,6 +292,8 @@ def _before_encoder(
     prompts: PromptModule, names: tuple[str, ...], encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Call:
     """Called by the model, whose hook has made the mask longer, or by generate()."""
+    if not prompts.settings:
+        return args, kwargs
     prompt_ids = kwargs.pop("prompt_ids", None)
     if not prompts.prompting:
         return args, kwargs
