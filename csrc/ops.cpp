@@ -53,5 +53,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "ia3_linear_backward(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor? absmax, Tensor? nested_absmax, "
         "Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor scale, Tensor? bias, bool scale_input, "
         "bool need_x, bool need_scale) -> (Tensor grad_x, Tensor grad_scale)");
+    m.def(
+        "prompt_embedding(Tensor input_ids, Tensor embedding_weight, Tensor prompt, Tensor? prompt_ids, "
+        "Tensor? attention_mask, Tensor? labels, Tensor? position_ids, Tensor? prompt_places) "
+        "-> (Tensor inputs_embeds, Tensor attention_mask, Tensor labels, Tensor position_ids)");
+    m.def(
+        "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
+        "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
+        "-> (Tensor grad_weight, Tensor grad_prompt)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -29,6 +29,7 @@ PEERS = {
     "lora_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],
+    "prompt_embedding forward+backward": ["torch"],
 }
 
 

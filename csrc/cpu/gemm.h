@@ -102,6 +102,16 @@ struct ScaleColumns {
     int64_t rows;
 };
 
+// out[r] = the sum, in this order, of the rows[index[i]] with offsets[r] <= i < offsets[r + 1]; zeros where there is
+// none.
+struct SumRows {
+    Matrix rows;
+    const int64_t *offsets, *index;
+    void* out;  // [.., columns]
+    Dtype out_dtype;
+    int64_t columns;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -109,6 +119,7 @@ struct GemmKernels {
     void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
+    void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
 };
 
 extern "C" {

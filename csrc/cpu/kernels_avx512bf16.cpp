@@ -9,4 +9,4 @@
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx512bf16 = {
     peftkern::run_tile<peftkern::Bf16Dot, peftkern::Decode>, peftkern::Workspace::bytes, peftkern::split_dropout,
-    peftkern::scale_columns};
+    peftkern::scale_columns, peftkern::sum_rows};

@@ -6,4 +6,4 @@
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_scalar = {peftkern::run_tile<peftkern::Fp32Dot>,
                                                                peftkern::Workspace::bytes, peftkern::split_dropout,
-                                                               peftkern::scale_columns};
+                                                               peftkern::scale_columns, peftkern::sum_rows};

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from peftkern.bench import contenders as c
+from peftkern.bench import prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -24,6 +25,7 @@ CASES = (
     "dora_linear dense forward+backward",
     "dora_linear nf4 norm",
     "ia3_linear nf4 forward+backward",
+    "prompt_embedding forward+backward",
 )
 
 
@@ -38,6 +40,8 @@ def contenders(
     shape = out_features, in_features
     if case in ("nf4_quantize", "nf4_dequantize"):
         return _conversions(case, shape, rotated)
+    if case.startswith("prompt_embedding"):
+        return prompts.contenders(*shape, rotated)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -115,6 +119,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     """
     if case in ("nf4_quantize", "nf4_dequantize"):
         return out_features * in_features * (2 + 4.127 / 8), 0.0
+    if case.startswith("prompt_embedding"):
+        return prompts.work(in_features)
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element

@@ -6,6 +6,8 @@ from peftkern.methods.dora import DoRA
 from peftkern.methods.full import Full
 from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
+from peftkern.methods.p_tuning import PTuning
+from peftkern.methods.prompt_tuning import PromptTuning
 
 # One line each. A file is read by the first whose `reads` says so.
 METHODS: dict[str, Method] = {
@@ -17,5 +19,7 @@ METHODS: dict[str, Method] = {
         Full(),
         DoRA(),
         IA3(),
+        PromptTuning(),
+        PTuning(),
     )
 }
