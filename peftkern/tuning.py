@@ -267,7 +267,8 @@ def save_adapter(
 ) -> None:
     """Writes one LoRA adapter as HF PEFT does, whole or not at all (`save` does so for every method).
 
-    `adapter_config.json` and `adapter_model.safetensors`: `peft.PeftModel.from_pretrained(base_model, directory)` reads it. A scaling that was changed by hand is not saved.
+    `adapter_config.json` and `adapter_model.safetensors`: `peft.PeftModel.from_pretrained(base_model, directory)`
+    reads it. A scaling that was changed by hand is not saved.
 
     Args:
         model: with LoRALinear layers.
@@ -286,7 +287,8 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Reads a LoRA adapter that HF PEFT or `save_adapter` wrote, in place (`load` does so for every method).
 
-    It becomes active and trainable. Onto a model without this adapter it does what `add_lora` does, with fp32 factors. Onto one that has it with the
+    It becomes active and trainable. Onto a model without this adapter it does what `add_lora` does, with fp32
+    factors. Onto one that has it with the
     same settings the values are copied into the parameters there, so that an optimizer goes on with them.
 
     Args:

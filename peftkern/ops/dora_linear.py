@@ -159,9 +159,8 @@ def dora_linear(
     """
     op = "dora_linear"
     out_features, _ = check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-    for name, tensor in (("magnitude", magnitude), ("norm", norm)):
-        if tensor is None and name == "norm":
-            continue
+    vectors = {"magnitude": magnitude} if norm is None else {"magnitude": magnitude, "norm": norm}
+    for name, tensor in vectors.items():
         check_tensor(op, name, tensor, tuple(dict.fromkeys((torch.float32, x.dtype))), x.device)
         if tensor.dim() != 1 or tensor.shape[0] != out_features:
             raise ValueError(f"{op}: {name} must have shape [{out_features}], got {list(tensor.shape)}")
