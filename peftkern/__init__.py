@@ -2,6 +2,7 @@
 
 from peftkern import nn
 from peftkern.explain import explain, report
+from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.dora_linear import dora_linear
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_adapter",
     "lora_linear",
+    "loraplus_groups",
     "merge",
     "nf4_dequantize",
     "nf4_linear",

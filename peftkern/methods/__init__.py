@@ -1,7 +1,9 @@
 """The fine-tuning methods by name, one file each."""
 
 from peftkern.methods._method import Method
+from peftkern.methods.bitfit import BitFit
 from peftkern.methods.dora import DoRA
+from peftkern.methods.full import Full
 from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
 from peftkern.methods.p_tuning import PTuning
@@ -13,6 +15,8 @@ METHODS: dict[str, Method] = {
     for method in (
         LoRA(),
         QLoRA(),
+        BitFit(),
+        Full(),
         DoRA(),
         IA3(),
         PromptTuning(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class LoRA(LinearMethod):
     """Low-rank adapters on linear layers; PEFT's files."""
 
     name = "lora"
-    module = LoRALinear
+    module: ClassVar[type[LowRankLinear]] = LoRALinear
     mergeable = True
     overwrites = True
 
@@ -37,6 +37,7 @@ class LoRA(LinearMethod):
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """See `peftkern.add_lora`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         plan = {path: settings for path in self.select(self.name, model, target_modules, adapter_name)}
@@ -129,6 +130,7 @@ class QLoRA(LoRA):
         block_size: int = 64,
         double_quant: bool = True,
     ) -> None:
+        """See `peftkern.add_lora`, and for the last two `peftkern.nf4_quantize`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         paths = self.select(self.name, model, target_modules, adapter_name)
