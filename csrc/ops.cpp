@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
         "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
     m.def(
+        "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
+    m.def(
         "dora_linear_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, Tensor lora_a, Tensor lora_b, float scaling, Tensor square_norm, bool bf16) "
         "-> Tensor");

@@ -36,7 +36,11 @@ def tracked() -> list[str]:
 FILES = tracked()
 SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 # Parts of another op, and what tests count tiles with.
-STEM_OF = {"nf4_quantize_absmax": "nf4_quantize", "dora_linear_norm": "dora_linear"}
+STEM_OF = {
+    "nf4_quantize_absmax": "nf4_quantize",
+    "dora_linear_norm": "dora_linear",
+    "dora_linear_square_norm": "dora_linear",
+}
 NOT_AN_OP = {"cpu_tiles_run"}
 
 
