@@ -102,6 +102,18 @@ struct ScaleColumns {
     int64_t rows;
 };
 
+enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
+
+// value = scale * f(z) and grad = scale * grad * f'(z), in place, of dense elements; either may be null.
+struct Activate {
+    Activation activation;
+    float scale;
+    const float* z;
+    void* value;
+    Dtype value_dtype;
+    float* grad;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -109,6 +121,7 @@ struct GemmKernels {
     void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
+    void (*activate)(const Activate* pass, int64_t begin, int64_t end);
 };
 
 extern "C" {
