@@ -33,7 +33,7 @@ TENSORS = ("x", *PARAMETERS, "scaling", "residual")
 def adapter_inputs(
     x: Tensor,
     size: int = SIZE,
-    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype = torch.float32,
     activation: str = "gelu",
     with_residual: bool = False,
     scaling: float | Tensor = 0.7,
@@ -42,10 +42,10 @@ def adapter_inputs(
     width = x.shape[-1]
     return {
         "x": x,
-        "down_weight": (torch.randn(size, width) / width**0.5).to(dtype),
-        "down_bias": torch.randn(size).to(dtype),
-        "up_weight": (torch.randn(width, size) / max(size, 1) ** 0.5).to(dtype),
-        "up_bias": torch.randn(width).to(dtype),
+        "down_weight": (torch.randn(size, width) / width**0.5).to(parameter_dtype),
+        "down_bias": torch.randn(size).to(parameter_dtype),
+        "up_weight": (torch.randn(width, size) / max(size, 1) ** 0.5).to(parameter_dtype),
+        "up_bias": torch.randn(width).to(parameter_dtype),
         "activation": activation,
         "scaling": scaling,
         "residual": torch.randn(x.shape).to(x.dtype) if with_residual else None,
@@ -81,7 +81,7 @@ def test_reference_gradients(activation: str, with_residual: bool, seed: int) ->
 
 
 def test_reference_is_the_formula(seed: int) -> None:
-    inputs = small(torch.float64, dtype=torch.float64, activation="silu")
+    inputs = small(torch.float64, parameter_dtype=torch.float64, activation="silu")
     x, down, down_bias, up, up_bias = (inputs[name] for name in ("x", *PARAMETERS))
     z = x @ down.t() + down_bias
     delta = (z / (1 + torch.exp(-z))) @ up.t() + up_bias
@@ -107,8 +107,8 @@ def test_activations(isa: str, activation: str, seed: int) -> None:
         residual=torch.zeros_like(exact)[:, None],
     )  # fmt: skip
     expected.sum().backward()
-    # z^2 in exp(-z^2 / 2) has an error of 2^-24 z^2, which the tails keep.
-    torch.testing.assert_close(y.detach().double(), expected.detach(), rtol=2e-5, atol=1e-35)
+    # z^2 in exp(-z^2 / 2) has an error of 2^-24 z^2, which the tails keep; torch's float64 has 1 + erf(z) to 1e-16.
+    torch.testing.assert_close(y.detach().double(), expected.detach(), rtol=2e-5, atol=1e-15)
     torch.testing.assert_close(x.grad[:, 0].double(), exact.grad, rtol=2e-5, atol=1e-6)
     middle = z.abs() < 4
     torch.testing.assert_close(y.detach().double()[middle], expected.detach()[middle], rtol=2e-6, atol=1e-12)
@@ -117,7 +117,13 @@ def test_activations(isa: str, activation: str, seed: int) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_not_a_number_stays(isa: str, activation: str) -> None:
     inputs = {**small(activation=activation), "x": torch.full((1, WIDTH), float("nan"))}
-    assert native(**inputs, ).isnan().all()
+    assert (
+        native(
+            **inputs,
+        )
+        .isnan()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -141,13 +147,13 @@ def test_row_counts(isa: str, dtype: torch.dtype, seed: int) -> None:
 def test_parameters_of_two_dtypes(isa: str, mixed: str, seed: int) -> None:
     """Each product takes what its own weight is in."""
     for own, others in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        inputs = small(torch.bfloat16, 70, dtype=others)
+        inputs = small(torch.bfloat16, 70, parameter_dtype=others)
         check({**inputs, mixed: inputs[mixed].to(own)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_residual_in_fp32(isa: str, dtype: torch.dtype, seed: int) -> None:
-    check({**small(dtype, dtype=dtype), "residual": torch.randn(6, WIDTH)})
+    check({**small(dtype, parameter_dtype=dtype), "residual": torch.randn(6, WIDTH)})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,7 +162,7 @@ def test_layouts(isa: str, dtype: torch.dtype, layout: str, seed: int) -> None:
     randn = partial(torch.randn, dtype=dtype)
     for with_residual in (False, True):
         x, grad_y, residual = (LAYOUTS[layout](randn, WIDTH) for _ in range(3))
-        inputs = {**adapter_inputs(x, dtype=dtype), "residual": residual if with_residual else None}
+        inputs = {**adapter_inputs(x, parameter_dtype=dtype), "residual": residual if with_residual else None}
         assert_near_float64(native, bottleneck_adapter_reference, inputs, grad_y)
 
 
@@ -317,14 +323,14 @@ GOOD = {
         ("x", torch.ones(()), ValueError, r"x must have shape \[..., features\], got \[\]"),
         ("x", torch.ones(3, WIDTH + 1), ValueError, r"down_weight must have shape \[bottleneck, 34\], got \[5, 33\]"),
         ("down_weight", None, TypeError, "down_weight must be a Tensor, got NoneType"),
-        ("down_weight", torch.ones(SIZE, WIDTH).half(), TypeError, "down_weight must be torch.float32, got torch.float16"),
+        ("down_weight", torch.ones(SIZE, WIDTH).half(), TypeError, "down_weight must be torch.float32, got .*16"),
         ("down_weight", torch.ones(WIDTH), ValueError, r"down_weight must have shape \[bottleneck, 33\], got \[33\]"),
         ("down_bias", torch.ones(SIZE, 1), ValueError, r"down_bias must have shape \[5\], got \[5, 1\]"),
         ("up_weight", torch.ones(SIZE, WIDTH), ValueError, r"up_weight must have shape \[33, 5\], got \[5, 33\]"),
         ("up_bias", torch.ones(SIZE), ValueError, r"up_bias must have shape \[33\], got \[5\]"),
         ("up_bias", torch.ones(WIDTH, device="meta"), RuntimeError, "up_bias must be on x's device cpu, got meta"),
         ("activation", F.gelu, TypeError, "activation must be a str, got builtin"),
-        ("activation", "gelu_tan", ValueError, "activation must be one of relu, .*, got 'gelu_tan'; did you mean 'gelu_tanh'"),
+        ("activation", "gelu_tan", ValueError, "activation must .*, got 'gelu_tan'; did you mean 'gelu_tanh'"),
         ("activation", "maxout", ValueError, "activation must be one of .*tanh, got 'maxout'$"),
         ("scaling", "learned", TypeError, "scaling must be a number or a 0-d tensor, got str"),
         ("scaling", torch.ones(1), ValueError, r"scaling must be a number or a 0-d tensor, got shape \[1\]"),
