@@ -5,19 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
 
 HEAD_NAME = "lm_head"
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without those inside an AdaptedLinear."""
+    """named_modules without those inside an AdapterModule that wraps another module."""
     inside = None
     for path, module in model.named_modules():
         if inside is None or not path.startswith(inside):
             yield path, module
-            inside = path + "." * bool(path) if isinstance(module, AdaptedLinear) else None
+            wraps = isinstance(module, AdapterModule) and "base_layer" in module._modules
+            inside = path + "." * bool(path) if wraps else None
 
 
 def places(model: nn.Module) -> dict[nn.Module, list[str]]:

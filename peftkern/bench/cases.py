@@ -19,6 +19,7 @@ CASES = (
     "lora_linear nf4 forward+backward",
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
+    "bottleneck_adapter forward+backward",
 )
 
 
@@ -62,6 +63,10 @@ def contenders(
         if c.has("peft"):
             runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)
         return runs
+    if case == "bottleneck_adapter forward+backward":
+        square = c.forward_backward(x, x.flip(0))
+        ours, eager = partial(c.adapter, in_features), partial(c.EagerAdapter, in_features)
+        return {"peftkern": rotate(ours, square), "torch eager": rotate(eager, square)}
     raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
 
 
@@ -86,6 +91,10 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     """
     if case in ("nf4_quantize", "nf4_dequantize"):
         return out_features * in_features * (2 + 4.127 / 8), 0.0
+    if case.startswith("bottleneck_adapter"):
+        # Weights read twice and their gradients written; x twice, y, dy and dx once.
+        weights, wide = 2 * c.BOTTLENECK * in_features, rows * in_features
+        return 2.0 * (3 * weights + 5 * wide), 6 * 2.0 * c.BOTTLENECK * wide
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element

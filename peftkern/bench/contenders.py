@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from peftkern.bench.measure import ROTATED_BYTES, Run, copies
 from peftkern.integrations.bitsandbytes import bnb_state_dict
-from peftkern.nn import LoRALinear, NF4Linear
+from peftkern.nn import BottleneckAdapter, LoRALinear, NF4Linear
 
 RANK = 16
+BOTTLENECK = 64
 
 
 def has(package: str) -> bool:
@@ -91,6 +92,25 @@ def lora(layer: nn.Linear, dropout: float) -> LoRALinear:
     wrapped = LoRALinear(layer, rank=RANK, alpha=2 * RANK, dropout=dropout)
     nn.init.normal_(wrapped.factors("default")[1], std=0.01)
     return wrapped.train()
+
+
+def adapter(features: int) -> BottleneckAdapter:
+    """Our bottleneck adapter in bf16."""
+    return BottleneckAdapter(features, dtype=torch.bfloat16)
+
+
+class EagerAdapter(nn.Module):
+    """The same in plain torch, as AdapterHub computes it: two linear layers, an activation, a scaled sum."""
+
+    scaling = 1.0
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(features, BOTTLENECK, dtype=torch.bfloat16)
+        self.up = nn.Linear(BOTTLENECK, features, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down(x))) * self.scaling + x
 
 
 def _bytes(layer: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from peftkern.methods._method import Method
 from peftkern.methods.dora import DoRA
+from peftkern.methods.houlsby import Houlsby
 from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
 
@@ -13,5 +14,6 @@ METHODS: dict[str, Method] = {
         QLoRA(),
         DoRA(),
         IA3(),
+        Houlsby(),
     )
 }

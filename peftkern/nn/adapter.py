@@ -17,7 +17,7 @@ from peftkern.nn.nf4_linear import _CALL_HOOKS
 from peftkern.ops._linear import FLOATING
 from peftkern.ops.bottleneck_adapter import bottleneck_adapter, check_activation
 
-INITS = ("houlsby", "bert")
+INITS = ("houlsby", "bert", "mam_adapter")
 LEARNED = "learned"
 # Of AdapterHub's "bert".
 BERT_STD = 0.02
@@ -33,7 +33,7 @@ class BottleneckSettings:
         scaling: a number, or "learned": a trained one that starts at 1.
         parallel: take the sublayer's input instead of its output (arXiv 2110.04366); the output is the residual.
         init: weights from a normal distribution, "houlsby": cut off at two standard deviations, or "bert": of standard
-            deviation 0.02. Biases start at zero.
+            deviation 0.02; "mam_adapter" (arXiv 2110.04366): D as nn.Linear's, U zero. Biases start at zero.
         init_scale: the standard deviation of "houlsby". At the default, a new adapter changes its input of unit
             variance by less than this.
 
@@ -118,19 +118,27 @@ class BottleneckAdapter(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
         settings = self.settings
-        down = cast(nn.ParameterDict, self.adapter_down["0"])
+        down = self._down
         for part in (down, self.adapter_up):
             if settings.init == "bert":
                 nn.init.normal_(part["weight"], std=BERT_STD)
-            else:
+            elif settings.init == "houlsby":
                 std = settings.init_scale
                 nn.init.trunc_normal_(part["weight"], std=std, a=-2 * std, b=2 * std)
+            elif part is down:
+                nn.init.kaiming_uniform_(part["weight"], a=math.sqrt(5))
+            else:
+                nn.init.zeros_(part["weight"])
             nn.init.zeros_(part["bias"])
         if settings.scaling == LEARNED:
             nn.init.ones_(self.scaling)
 
+    @property
+    def _down(self) -> nn.ParameterDict:
+        return cast(nn.ParameterDict, self.adapter_down["0"])
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        down, up, settings = self.adapter_down["0"], self.adapter_up, self.settings
+        down, up, settings = self._down, self.adapter_up, self.settings
         scaling = self.scaling[0] if settings.scaling == LEARNED else cast(float, settings.scaling)
         return bottleneck_adapter(
             x, down["weight"], down["bias"], up["weight"], up["bias"], settings.activation, scaling, residual
@@ -261,6 +269,7 @@ class AdaptedSublayer(AdapterModule):
         return adapter(source, output)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, and with the last one the record of the sublayer's input."""
         super().delete_adapter(adapter_name)
         if not self.settings:
             self._forget_source()
@@ -314,7 +323,9 @@ class AdaptedNorm(AdapterModule):
             for name, own in self.base_layer._parameters.items()
         }
         # Hooks are the wrapper's.
-        hooks = {name: OrderedDict() if isinstance(getattr(twin, name), dict) else None for name in _CALL_HOOKS}
+        hooks: dict[str, Any] = {
+            name: OrderedDict() if isinstance(getattr(twin, name), dict) else None for name in _CALL_HOOKS
+        }
         twin.__dict__.update(hooks, _parameters=parameters)
         self.adapters[adapter_name] = twin
         self.settings[adapter_name] = None
