@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import peaks, shapes
 from peftkern._native import caps
-from peftkern.bench.cases import CASES, contenders, work
+from peftkern.bench.cases import CASES, ROWLESS, contenders, work
 from peftkern.bench.measure import ROTATED_BYTES, interleaved, machine
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         row
         for shape in args.shapes
         for case in args.cases
-        for count in ([0] if case in ("nf4_quantize", "nf4_dequantize") else args.rows)
+        for count in ([0] if case in ROWLESS else args.rows)
         for row in run_case(case, shape, count, args, limits)
     ]
     return {"peaks": limits, "rows": rows}
@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
             target = Path(folder) / f"{threads}.json"
             command = [sys.executable, "-m", "benchmarks.run", *arguments, "--child", "--output", str(target)]
             command += ["--threads", str(threads)]
-            environment["OMP_NUM_THREADS"] = str(threads)
+            # Bound, since two threads that meet on one core stay there for whole time slices.
+            environment |= {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true"}
             status = subprocess.run(command, env=environment, cwd=ROOT).returncode
             if status:
                 raise SystemExit(f"benchmarks.run: the process with {threads} threads failed with status {status}")

@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
         "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
     m.def(
+        "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
+    m.def(
         "dora_linear_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, Tensor lora_a, Tensor lora_b, float scaling, Tensor square_norm, bool bf16) "
         "-> Tensor");
@@ -50,6 +53,14 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "ia3_linear_backward(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor? absmax, Tensor? nested_absmax, "
         "Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor scale, Tensor? bias, bool scale_input, "
         "bool need_x, bool need_scale) -> (Tensor grad_x, Tensor grad_scale)");
+    m.def(
+        "prompt_embedding(Tensor input_ids, Tensor embedding_weight, Tensor prompt, Tensor? prompt_ids, "
+        "Tensor? attention_mask, Tensor? labels, Tensor? position_ids, Tensor? prompt_places) "
+        "-> (Tensor inputs_embeds, Tensor attention_mask, Tensor labels, Tensor position_ids)");
+    m.def(
+        "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
+        "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
+        "-> (Tensor grad_weight, Tensor grad_prompt)");
     m.def(
         "bottleneck_adapter(Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
         "str activation, float scaling, Tensor? residual) -> (Tensor y, Tensor z)");

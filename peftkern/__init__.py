@@ -2,6 +2,7 @@
 
 from peftkern import nn
 from peftkern.explain import explain, report
+from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.bottleneck_adapter import bottleneck_adapter
@@ -11,6 +12,7 @@ from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
+from peftkern.ops.prompt_embedding import prompt_embedding
 from peftkern.tuning import (
     add_lora,
     delete_adapter,
@@ -41,11 +43,13 @@ __all__ = [
     "load",
     "load_adapter",
     "lora_linear",
+    "loraplus_groups",
     "merge",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
     "nn",
+    "prompt_embedding",
     "quantize",
     "report",
     "save",

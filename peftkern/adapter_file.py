@@ -222,8 +222,12 @@ def write_adapter(directory: Path, file: AdapterFile) -> None:
     write_pair(directory, _config(file), tensors)
 
 
-def read_adapter(directory: Path) -> AdapterFile:
+def read_adapter(directory: Path, use_dora: bool = False) -> AdapterFile:
     """Reads both files and checks them against each other.
+
+    Args:
+        directory: where they are.
+        use_dora: whether they must be DoRA's, or LoRA's.
 
     Raises:
         FileNotFoundError: one is missing.
@@ -232,6 +236,10 @@ def read_adapter(directory: Path) -> AdapterFile:
     """
     check_pair(directory)
     config = _read_lora_config(directory / CONFIG_NAME)
+    if bool(config.get("use_dora")) != use_dora:
+        raise ValueError(
+            f"load: {directory / CONFIG_NAME}: use_dora is not supported by this method, got {config.get('use_dora')!r}"
+        )
     where = str(directory / TENSORS_NAME)
     wanted = _PARTS if config.get("use_dora") else _PARTS[:2]
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -250,7 +258,9 @@ def read_adapter(directory: Path) -> AdapterFile:
     factors, settings = {}, {}
     for path, pair in pairs.items():
         if len(pair) != len(wanted):
-            raise ValueError(f'load: {where}: "{path}" has {" and ".join(sorted(pair))} alone')
+            raise ValueError(
+                f'load: {where}: "{path}" has {" and ".join(sorted(p.removesuffix(".weight") for p in pair))} alone'
+            )
         settings[path] = _settings(config, path)
         factors[path] = tuple(pair[part] for part in wanted)
         a, b = factors[path][:2]

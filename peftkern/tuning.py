@@ -18,6 +18,7 @@ from peftkern.methods._linear import ALL_LINEAR
 from peftkern.methods._method import Method, did_you_mean
 from peftkern.nn._adapters import AdapterModule, check_name
 from peftkern.nn._merge import MergeReport, Target
+from peftkern.nn.full_weights import FullWeights
 
 
 def tune(model: nn.Module, method: str, adapter_name: str = "default", **options: Any) -> nn.Module:
@@ -151,8 +152,10 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes one adapter. If it was the active one, none is active afterwards; a layer whose last adapter it was is
-    again the plain one it had been.
+    """Removes one adapter.
+
+    If it was the active one, none is active afterwards. A layer whose last adapter it was is again the plain one it had
+    been.
 
     Args:
         adapter_name: which one.
@@ -162,13 +165,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     check_model("delete_adapter", model)
     _check_exists("delete_adapter", model, adapter_name)
-    found = places(model)
     for module in adapter_modules(model).values():
         if adapter_name in module.settings:
             module.delete_adapter(adapter_name)
-            base = getattr(module, "base_layer", None)
-            if not module.settings and isinstance(base, nn.Module) and found[module] != [""]:
-                put(model, found[module], base)
+    _remove_empty(model)
 
 
 def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dict[str, MergeReport]:
@@ -177,7 +177,7 @@ def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dic
     Args:
         to: "dense", in the base weight's dtype, or "nf4", which quantises again and loses most of a small adapter.
         keep_base: keep the base weights, so that `unmerge` is exact; False makes the merge final and deletes the
-            adapter.
+            adapter, and layers without another are plain ones again.
 
     Returns:
         Path of each layer -> what rounding the merged weight cost.
@@ -205,6 +205,8 @@ def merge(model: nn.Module, to: Target = "dense", keep_base: bool = True) -> dic
             for path in reports:
                 _merging(active[path]).unmerge()
         raise
+    if not keep_base:
+        _remove_empty(model)
     return reports
 
 
@@ -263,10 +265,10 @@ def save_adapter(
     adapter_name: str = "default",
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Writes one LoRA adapter as HF PEFT does: `adapter_config.json` and `adapter_model.safetensors`, whole or not at
-    all. `save` does so for every method.
+    """Writes one LoRA adapter as HF PEFT does, whole or not at all (`save` does so for every method).
 
-    `peft.PeftModel.from_pretrained(base_model, directory)` reads it. A scaling that was changed by hand is not saved.
+    `adapter_config.json` and `adapter_model.safetensors`: `peft.PeftModel.from_pretrained(base_model, directory)`
+    reads it. A scaling that was changed by hand is not saved.
 
     Args:
         model: with LoRALinear layers.
@@ -283,10 +285,10 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Reads a LoRA adapter that HF PEFT or `save_adapter` wrote, in place; it becomes active and trainable. `load` does
-    so for every method.
+    """Reads a LoRA adapter that HF PEFT or `save_adapter` wrote, in place (`load` does so for every method).
 
-    Onto a model without this adapter it does what `add_lora` does, with fp32 factors. Onto one that has it with the
+    It becomes active and trainable. Onto a model without this adapter it does what `add_lora` does, with fp32
+    factors. Onto one that has it with the
     same settings the values are copied into the parameters there, so that an optimizer goes on with them.
 
     Args:
@@ -327,6 +329,21 @@ def _check_exists(op: str, model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in names:
         known = ", ".join(map(repr, names)) or "none"
         raise ValueError(f"{op}: no adapter {adapter_name!r}{did_you_mean(adapter_name, names)}; there is {known}")
+
+
+def _remove_empty(model: nn.Module) -> None:
+    """Puts the base in the place of each module that has no adapter left."""
+    found = places(model)
+    for module in adapter_modules(model).values():
+        if module.settings or found[module] == [""]:
+            continue
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            put(model, found[module], base)
+        elif isinstance(module, FullWeights):
+            for path in found[module]:
+                parent, _, attribute = path.rpartition(".")
+                delattr(model.get_submodule(parent), attribute)
 
 
 def _merging(module: AdapterModule) -> Any:

@@ -29,6 +29,11 @@ PEERS = {
     "lora_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],
+    "dora_linear nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "dora_linear dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "dora_norm nf4": ["torch dense bfloat16"],
+    "ia3_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
+    "prompt_embedding forward+backward": ["torch"],
     "bottleneck_adapter forward+backward": ["torch eager"],
 }
 
@@ -108,11 +113,7 @@ def test_quick_run_records_what_the_figures_depend_on(quick):
     assert report["commit"] == run.commit()
     assert report["peaks"]["1"]["read_bandwidth"] > 0
     places = {(row["case"], row["rows"]) for row in report["rows"]}
-    assert places == {
-        (case, rows)
-        for case in cases.CASES
-        for rows in ((0,) if case in ("nf4_quantize", "nf4_dequantize") else (1, 16))
-    }
+    assert places == {(case, rows) for case in cases.CASES for rows in ((0,) if case in cases.ROWLESS else (1, 16))}
     for row in report["rows"]:
         assert row["contender"] in ["peftkern", *PEERS[row["case"]]]
         assert (row["shape"], row["threads"], row["isa"], row["cached"]) == ([512, 512], 1, caps.isa(), True)

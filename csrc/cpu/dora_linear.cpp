@@ -7,7 +7,6 @@
 #include <cstring>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "common/check.h"
 #include "cpu/lora_linear.h"
@@ -21,6 +20,8 @@ using torch::headeronly::ScalarType;
 // Below this share of ||W||^2 the factored norm is the difference of nearly equal numbers, and rows take the direct
 // one: the products' relative error, 2^-24 or (bf16) about 6e-5 of ||W||^2, stays below 1e-3 of the norm.
 constexpr float kLeastShare = 1e-3f, kLeastShareBf16 = 0.1f;
+// From this depth on the roundings of bf16 factors average out: 2^-9 / 16 of a product.
+constexpr int64_t kLeastDepthBf16 = 256;
 
 Tensor column_vector(const char* op, const char* name, const Tensor& tensor, int64_t size) {
     check_dtype(op, name, tensor, tensor.scalar_type() == ScalarType::Float, "fp32");
@@ -43,17 +44,20 @@ Tensor product(const char* op, const Tensor& x, const Weight& weight, bool trans
     return out;
 }
 
-// A A^T in float64, which costs nothing at this size.
-std::vector<double> gram(const float* a, int64_t rank, int64_t columns) {
-    std::vector<double> g(static_cast<size_t>(rank * rank));
-    for (int64_t i = 0; i < rank; ++i)
-        for (int64_t j = 0; j <= i; ++j) {
-            double sum = 0;
-            for (int64_t k = 0; k < columns; ++k)
-                sum += static_cast<double>(a[i * columns + k]) * static_cast<double>(a[j * columns + k]);
-            g[static_cast<size_t>(i * rank + j)] = g[static_cast<size_t>(j * rank + i)] = sum;
-        }
+// A A^T [rank, rank] and B A A^T [out, rank].
+Tensor gram(const char* op, const Rows& a) {
+    Tensor g = empty_fp32(a.tensor, a.rows, a.rows);
+    Gemm gemm = gemm_into(g, a.rows, a.rows);
+    add(gemm, times_transposed(a.matrix, a.matrix, a.columns));
+    run(op, gemm);
     return g;
+}
+Tensor times_gram(const char* op, const Rows& b, const Tensor& g) {
+    Tensor out = empty_fp32(b.tensor, b.rows, b.columns);
+    Gemm gemm = gemm_into(out, b.rows, b.columns);
+    add(gemm, times(b.matrix, rows_of(op, "gram", g).matrix, b.columns));
+    run(op, gemm);
+    return out;
 }
 
 float dense_value(const Matrix& matrix, int64_t row, int64_t column) {
@@ -87,6 +91,27 @@ float direct_norm(const Weight& w, int64_t row, const float* b, const float* a, 
 
 }  // namespace
 
+// ||W_j||^2. It is needed once a weight, so that plain code will do.
+Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
+                               OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
+                               int64_t out_features, int64_t in_features) {
+    const Weight w = weight_of("dora_linear_square_norm", weight, absmax, nested_absmax, nested_quant_map, offset,
+                               block_size, out_features, in_features);
+    Tensor squares = torch::stable::new_empty(weight, {out_features}, ScalarType::Float);
+    auto* out = squares.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, out_features, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+            double sum = 0;
+            for (int64_t k = 0; k < in_features; ++k) {
+                const double v = w.is_nf4 ? nf4_value(w.nf4, j, k) : dense_value(w.dense.matrix, j, k);
+                sum += v * v;
+            }
+            out[j] = static_cast<float>(sum);
+        }
+    });
+    return squares;
+}
+
 Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
                         OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size, Tensor lora_a,
                         Tensor lora_b, double scaling, Tensor square_norm, bool bf16) {
@@ -100,28 +125,25 @@ Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nes
     const Tensor squares = column_vector(op, "square_norm", square_norm, out_features);
     const Tensor a = wide(lora_a), b = wide(lora_b);
     const int64_t rank = adapter.rank;
+    bf16 = bf16 && in_features >= kLeastDepthBf16;
     const Tensor cross = product(op, bf16 ? torch::stable::to(lora_a, ScalarType::BFloat16) : a, base, true);
+    const Tensor b_gram = times_gram(op, rows_of(op, "lora_b", b), gram(op, rows_of(op, "lora_a", a)));
     Tensor norm = torch::stable::new_empty(squares, {out_features});
-
-    const auto *pa = a.const_data_ptr<float>(), *pb = b.const_data_ptr<float>(), *pc = cross.const_data_ptr<float>();
+    const auto *pa = a.const_data_ptr<float>(), *pb = b.const_data_ptr<float>();
+    const auto *pc = cross.const_data_ptr<float>(), *pg = b_gram.const_data_ptr<float>();
     const auto* square = squares.const_data_ptr<float>();
     auto* out = norm.mutable_data_ptr<float>();
-    const std::vector<double> g = gram(pa, rank, in_features);
     const double s = scaling, least = bf16 ? kLeastShareBf16 : kLeastShare;
-    torch::stable::parallel_for(0, out_features, 64, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, out_features, 256, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) {
-            const float* row = pb + j * rank;
-            double linear = 0, quadratic = 0;
+            double sum = square[j];
             for (int64_t k = 0; k < rank; ++k) {
-                linear += static_cast<double>(pc[k * out_features + j]) * static_cast<double>(row[k]);
-                double inner = 0;
-                for (int64_t i = 0; i < rank; ++i)
-                    inner += g[static_cast<size_t>(k * rank + i)] * static_cast<double>(row[i]);
-                quadratic += inner * static_cast<double>(row[k]);
+                const double inner =
+                    2 * static_cast<double>(pc[k * out_features + j]) + s * static_cast<double>(pg[j * rank + k]);
+                sum += s * static_cast<double>(pb[j * rank + k]) * inner;
             }
-            const double sum = square[j] + 2 * s * linear + s * s * quadratic;
-            out[j] =
-                sum >= least * square[j] ? static_cast<float>(std::sqrt(sum)) : direct_norm(base, j, row, pa, rank, s);
+            out[j] = sum >= least * square[j] ? static_cast<float>(std::sqrt(sum))
+                                              : direct_norm(base, j, pb + j * rank, pa, rank, s);
         }
     });
     return norm;
@@ -143,34 +165,35 @@ std::tuple<Tensor, Tensor> dora_linear_norm_backward(Tensor grad_norm, Tensor no
     const Tensor dn = column_vector(op, "grad_norm", grad_norm, out_features);
     const int64_t rank = adapter.rank;
     const Tensor a = wide(lora_a), b = wide(lora_b), cross = product(op, a, base, true);
-    Tensor scaled_b = empty_fp32(a, rank, out_features);  // (s c B)^T
+    const Tensor b_gram = times_gram(op, rows_of(op, "lora_b", b), gram(op, rows_of(op, "lora_a", a)));
+    Tensor scaled_b = empty_fp32(a, out_features, rank);  // s c B
     Tensor wide_grad_b = empty_fp32(a, out_features, rank);
-    const auto *pa = a.const_data_ptr<float>(), *pb = b.const_data_ptr<float>(), *pc = cross.const_data_ptr<float>();
+    const auto *pb = b.const_data_ptr<float>(), *pc = cross.const_data_ptr<float>(),
+               *pg = b_gram.const_data_ptr<float>();
     const auto *pn = n.const_data_ptr<float>(), *pdn = dn.const_data_ptr<float>();
     auto *ps = scaled_b.mutable_data_ptr<float>(), *pgb = wide_grad_b.mutable_data_ptr<float>();
-    const std::vector<double> g = gram(pa, rank, in_features);
-    std::vector<double> inner(static_cast<size_t>(rank * rank));  // B^T (s c B)
+    const auto s = static_cast<float>(scaling);
     for (int64_t j = 0; j < out_features; ++j) {
         // The norm has no slope at 0; torch's vector_norm gives 0 there as well.
-        const double c = pn[j] > 0 ? scaling * static_cast<double>(pdn[j]) / static_cast<double>(pn[j]) : 0.0;
+        const float c = pn[j] > 0 ? s * pdn[j] / pn[j] : 0.0f;
         for (int64_t k = 0; k < rank; ++k) {
-            double sum = 0;
-            for (int64_t i = 0; i < rank; ++i) {
-                sum += g[static_cast<size_t>(k * rank + i)] * static_cast<double>(pb[j * rank + i]);
-                inner[static_cast<size_t>(k * rank + i)] +=
-                    c * static_cast<double>(pb[j * rank + k]) * static_cast<double>(pb[j * rank + i]);
-            }
-            ps[k * out_features + j] = static_cast<float>(c * static_cast<double>(pb[j * rank + k]));
-            pgb[j * rank + k] = static_cast<float>(c * (static_cast<double>(pc[k * out_features + j]) + scaling * sum));
+            ps[j * rank + k] = c * pb[j * rank + k];
+            pgb[j * rank + k] = c * (pc[k * out_features + j] + s * pg[j * rank + k]);
         }
     }
-    Tensor small = empty_fp32(a, rank, rank);
-    for (int64_t i = 0; i < rank * rank; ++i)
-        small.mutable_data_ptr<float>()[i] = static_cast<float>(scaling * inner[static_cast<size_t>(i)]);
+    // dA = (s c B)^T W + ((s c B)^T s B) A.
+    const Matrix scaled = {ps, rank, Dtype::kFloat32};
+    Tensor inner = empty_fp32(a, rank, rank);
+    Gemm small = gemm_into(inner, rank, rank);
+    add(small, times(scaled, {pb, rank, Dtype::kFloat32}, out_features));
+    small.contractions[0].x_transposed = true;
+    small.contractions[0].x_scale = s;
+    run(op, small);
     Tensor grad_a = torch::stable::new_empty(lora_a, lora_a.sizes());
     Gemm gemm = gemm_into(grad_a, rank, in_features);
-    add(gemm, times({small.const_data_ptr(), rank, Dtype::kFloat32}, {pa, in_features, Dtype::kFloat32}, rank));
-    add(gemm, times({ps, out_features, Dtype::kFloat32}, base));
+    add(gemm, times(rows_of(op, "inner", inner).matrix, rows_of(op, "lora_a", a).matrix, rank));
+    add(gemm, times(scaled, base));
+    gemm.contractions[1].x_transposed = true;
     run(op, gemm);
     return {grad_a, torch::stable::to(wide_grad_b, lora_b.scalar_type())};
 }
@@ -277,6 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+    m.impl("dora_linear_square_norm", TORCH_BOX(&dora_linear_square_norm));
     m.impl("dora_linear_norm", TORCH_BOX(&dora_linear_norm));
     m.impl("dora_linear_norm_backward", TORCH_BOX(&dora_linear_norm_backward));
     m.impl("dora_linear", TORCH_BOX(&dora_linear));

@@ -254,6 +254,15 @@ void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns) {
     count_tiles(kernels, blocks);
 }
 
+void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
+    const GemmKernels& kernels = level_in_use(op);
+    const int64_t elements = (rows + pass.offsets[rows]) * pass.columns;
+    const int64_t grain = std::max<int64_t>(1, kGrainElements * rows / std::max<int64_t>(1, elements));
+    torch::stable::parallel_for(0, rows, grain,
+                                [&](int64_t begin, int64_t end) { kernels.sum_rows(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 void activate(const char* op, const Activate& pass, int64_t elements) {
     const GemmKernels& kernels = level_in_use(op);
     torch::stable::parallel_for(0, elements, kGrainElements,

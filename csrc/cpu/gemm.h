@@ -102,6 +102,16 @@ struct ScaleColumns {
     int64_t rows;
 };
 
+// out[r] = the sum, in this order, of the rows[index[i]] with offsets[r] <= i < offsets[r + 1]; zeros where there is
+// none.
+struct SumRows {
+    Matrix rows;
+    const int64_t *offsets, *index;
+    void* out;  // [.., columns]
+    Dtype out_dtype;
+    int64_t columns;
+};
+
 enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
 
 // value = scale * f(z) and grad = scale * grad * f'(z), in place, of dense elements; either may be null.
@@ -121,6 +131,7 @@ struct GemmKernels {
     void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
+    void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
     void (*activate)(const Activate* pass, int64_t begin, int64_t end);
 };
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from peftkern.bench import contenders as c
+from peftkern.bench import prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -19,8 +22,16 @@ CASES = (
     "lora_linear nf4 forward+backward",
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
+    "dora_linear nf4 forward+backward",
+    "dora_linear dense forward+backward",
+    "dora_norm nf4",
+    "ia3_linear nf4 forward+backward",
+    "prompt_embedding forward+backward",
     "bottleneck_adapter forward+backward",
 )
+
+# Those that do not depend on the number of rows.
+ROWLESS = ("nf4_quantize", "nf4_dequantize", "dora_norm nf4", "prompt_embedding forward+backward")
 
 
 def contenders(
@@ -34,6 +45,8 @@ def contenders(
     shape = out_features, in_features
     if case in ("nf4_quantize", "nf4_dequantize"):
         return _conversions(case, shape, rotated)
+    if case.startswith("prompt_embedding"):
+        return prompts.contenders(*shape, rotated)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -52,6 +65,8 @@ def contenders(
         if c.has("bitsandbytes"):
             runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
         return runs
+    if case.startswith(("dora", "ia3")):
+        return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
         runs = {"peftkern": rotate(lambda: c.lora(nf4(), dropout), step), "peftkern nf4_linear": rotate(nf4, step)}
@@ -68,6 +83,28 @@ def contenders(
         ours, eager = partial(c.adapter, in_features), partial(c.EagerAdapter, in_features)
         return {"peftkern": rotate(ours, square), "torch eager": rotate(eager, square)}
     raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
+
+
+def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[..., Run]) -> dict[str, Run]:
+    """DoRA, whose factors change in every step so that its norms do, and (IA)^3 on the output."""
+    on_nf4 = "nf4" in case
+    base = partial(c.nf4_linear, *shape) if on_nf4 else partial(c.dense_linear, *shape, torch.bfloat16)
+    peer_base = partial(c.bnb_linear, *shape) if on_nf4 else base
+    peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
+    has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
+    if case == "dora_norm nf4":
+        calls: dict[str, Callable[..., Tensor]] = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
+        return {name: rotate(lambda: c.dora(base()), call) for name, call in calls.items()}
+    if case.startswith("dora_linear"):
+        runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
+        runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
+        if has_peer:
+            runs[peer_name] = rotate(lambda: c.peft_lora(peer_base(), 0.0, use_dora=True), c.changing(step))
+        return runs
+    runs = {"peftkern": rotate(lambda: c.ia3(base()), step), "peftkern nf4_linear": rotate(base, step)}
+    if has_peer:
+        runs[peer_name] = rotate(lambda: c.peft_ia3(peer_base()), step)
+    return runs
 
 
 def _conversions(case: str, shape: tuple[int, int], rotated: int) -> dict[str, Run]:
@@ -91,6 +128,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     """
     if case in ("nf4_quantize", "nf4_dequantize"):
         return out_features * in_features * (2 + 4.127 / 8), 0.0
+    if case.startswith("prompt_embedding"):
+        return prompts.work(in_features)
     if case.startswith("bottleneck_adapter"):
         # Weights read twice and their gradients written; x twice, y, dy and dx once.
         weights, wide = 2 * c.BOTTLENECK * in_features, rows * in_features
@@ -98,6 +137,12 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element
+    if case.startswith("dora_norm"):
+        return weight, 2.0 * c.RANK * out_features * in_features
     passes = 2 if "backward" in case else 1
-    lora = 6 * 2 * rows * c.RANK * (in_features + out_features) / 2 if case.startswith("lora") else 0.0
+    lora = 0.0
+    if case.startswith(("lora", "dora")):
+        lora = 6 * 2 * rows * c.RANK * (in_features + out_features) / 2
+    if case.startswith("dora"):
+        lora += 2.0 * c.RANK * out_features * in_features
     return passes * (weight + activations), passes * 2.0 * rows * out_features * in_features + lora

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from peftkern._modules import activate, outer_modules, output_heads, places, put, use_forward_of_linears
 from peftkern.adapter_file import matches
-from peftkern.methods._method import Method
+from peftkern.methods._method import Method, did_you_mean
 from peftkern.nn._adapted_linear import AdaptedLinear, check_base
 from peftkern.nn._adapters import AdapterModule
 from peftkern.nn.nf4_linear import NF4Linear
@@ -22,6 +22,18 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is one that "all-linear" means. A subclass of nn.Linear may read its weight elsewhere, as
     nn.MultiheadAttention's out_proj does."""
     return type(module) in (nn.Linear, NF4Linear) or isinstance(module, AdaptedLinear)
+
+
+def check_targets(op: str, paths: Collection[str], targets: str | list[str], what: str) -> None:
+    """Raises ValueError unless each target, or the regular expression, matches one of the paths."""
+    for target in [targets] if isinstance(targets, str) else targets:
+        if not any(matches(path, targets if target is targets else [target]) for path in paths):
+            raise ValueError(f"{op}: {what} {target!r} matches no module{did_you_mean(target, ends_of(paths))}")
+
+
+def ends_of(paths: Iterable[str]) -> set[str]:
+    """The last components of paths."""
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def select(op: str, model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
@@ -38,9 +50,7 @@ def select(op: str, model: nn.Module, target_modules: str | Iterable[str]) -> li
             raise ValueError(f"{op}: {type(model).__name__} has no linear layer besides its output head")
         return chosen
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not any(matches(path, targets if target is targets else [target]) for path in modules):
-            raise ValueError(f"{op}: target_modules {target!r} matches no module")
+    check_targets(op, modules, targets, "target_modules")
     chosen = [path for path in modules if matches(path, targets)]
     if not chosen:
         raise ValueError(f"{op}: target_modules is empty")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from peftkern.adapter_file import AdapterFile, matches, read_adapter, targets_fo
 from peftkern.methods._linear import ALL_LINEAR, LinearMethod, is_linear
 from peftkern.model import quantize
 from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear, check_adapter
+from peftkern.nn.dora_linear import DoRALinear
 from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear, _is_sharded
 
@@ -22,7 +23,7 @@ class LoRA(LinearMethod):
     """Low-rank adapters on linear layers; PEFT's files."""
 
     name = "lora"
-    module = LoRALinear
+    module: ClassVar[type[LowRankLinear]] = LoRALinear
     mergeable = True
     overwrites = True
 
@@ -37,6 +38,7 @@ class LoRA(LinearMethod):
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """See `peftkern.add_lora`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         plan = {path: settings for path in self.select(self.name, model, target_modules, adapter_name)}
@@ -61,7 +63,7 @@ class LoRA(LinearMethod):
     def load(self, model: nn.Module, directory: Path, adapter_name: str) -> None:
         """Onto a model that has the adapter with the same settings the values are copied into its parameters."""
         check_adapter("load", adapter_name, torch.float32)
-        file = read_adapter(directory)
+        file = read_adapter(directory, use_dora=issubclass(self.module, DoRALinear))
         for path in file.factors:
             self._check_fits(model, path, file)
         _check_complete(model, file)
@@ -129,6 +131,7 @@ class QLoRA(LoRA):
         block_size: int = 64,
         double_quant: bool = True,
     ) -> None:
+        """See `peftkern.add_lora`, and for the last two `peftkern.nf4_quantize`."""
         settings = LoRASettings(rank, alpha, dropout, use_rslora)
         check_adapter(self.name, adapter_name, dtype)
         paths = self.select(self.name, model, target_modules, adapter_name)

@@ -190,4 +190,4 @@ class DoRALinear(LowRankLinear):
 
 def _hash(tensor: Tensor) -> int:
     """Of the bytes."""
-    return int(torch.hash_tensor(tensor.detach()))
+    return int(torch.hash_tensor(tensor.detach()).view(torch.int64))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops
-from peftkern.nf4 import NF4Weight
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -34,12 +33,9 @@ from peftkern.ops._linear import (
     raise_double_backward,
 )
 from peftkern.ops.lora_linear import check_lora
-from peftkern.ops.nf4_dequantize import absmax_reference
 
 DropoutMode = Literal["peft", "lora_only"]
 DROPOUT_MODES = ("peft", "lora_only")
-# Elements of W that `weight_square_norm` widens at once.
-_CHUNK = 1 << 20
 
 
 def dora_linear_reference(
@@ -74,32 +70,11 @@ def dora_linear_reference(
 
 
 def weight_square_norm(weight: Weight) -> Tensor:
-    """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight), without a dense copy of an NF4 weight."""
-    out_features, in_features = weight.shape
-    if not isinstance(weight, NF4Weight):
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        rows = max(1, _CHUNK // max(1, in_features))
-        parts = [part.to(wide).square().sum(1) for part in weight.detach().split(rows)]
-        return torch.cat(parts) if parts else weight.new_empty(0, dtype=wide)
-    # Whole rows that are whole blocks and whole bytes; such a piece is an NF4Weight of its own with flat scales.
-    block = weight.block_size
-    step = 2 * block // math.gcd(2 * block, in_features)
-    rows = max(1, _CHUNK // (step * in_features)) * step
-    absmax, codes = absmax_reference(weight), weight.codes.view(torch.uint8).flatten()
-    result = torch.empty(out_features, dtype=torch.float32, device=weight.device)
-    for begin in range(0, out_features, rows):
-        count = min(rows, out_features - begin)
-        first, last = begin * in_features, (begin + count) * in_features
-        piece = NF4Weight(
-            codes[first // 2 : (last + 1) // 2, None],
-            absmax[first // block : -(-last // block)],
-            *(None, None, None),
-            shape=torch.Size((count, in_features)),
-            dtype=torch.float32,
-            block_size=block,
-        )
-        result[begin : begin + count] = piece.dequantize().square().sum(1)
-    return result
+    """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight); without a dense NF4 weight on the CPU."""
+    if weight.device.type == "cpu" and weight.dtype in backends.CPU_DTYPES:
+        return ops.dora_linear_square_norm(*native_weight(weight), *weight.shape)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return dense_weight(weight, wide).detach().square().sum(1)
 
 
 def dora_norm(
@@ -184,9 +159,8 @@ def dora_linear(
     """
     op = "dora_linear"
     out_features, _ = check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-    for name, tensor in (("magnitude", magnitude), ("norm", norm)):
-        if tensor is None and name == "norm":
-            continue
+    vectors = {"magnitude": magnitude} if norm is None else {"magnitude": magnitude, "norm": norm}
+    for name, tensor in vectors.items():
         check_tensor(op, name, tensor, tuple(dict.fromkeys((torch.float32, x.dtype))), x.device)
         if tensor.dim() != 1 or tensor.shape[0] != out_features:
             raise ValueError(f"{op}: {name} must have shape [{out_features}], got {list(tensor.shape)}")
@@ -222,6 +196,11 @@ def dora_linear(
         need_z,
     )
     return y
+
+
+@torch.library.register_fake("peftkern::dora_linear_square_norm")
+def _fake_square_norm(weight: Tensor, *arguments: Any) -> Tensor:
+    return weight.new_empty(arguments[5], dtype=torch.float32)
 
 
 @torch.library.register_fake("peftkern::dora_linear_norm")

@@ -87,7 +87,7 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 
 @torch.library.register_fake("peftkern::ia3_linear_backward")
 def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    scale, _, _, need_x, need_scale = arguments[7:]
+    scale, _, _, need_x, need_scale = arguments[8:]
     return (
         grad_y.new_empty(arguments[0].shape if need_x else (0,)),
         scale.new_empty(scale.shape if need_scale else (0,)),
