@@ -74,8 +74,15 @@ void* workspace(size_t bytes) {
     return memory.get();
 }
 
+// Fewer rows of a tile than this pay too much for packing the weight.
+constexpr int64_t kLeastSharedRows = 32;
+
 std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
-    const int64_t row_tiles = divide_up(gemm.m, kTileRows), rows = round_up(divide_up(gemm.m, row_tiles), kTileRowStep);
+    int64_t row_tiles = divide_up(gemm.m, kTileRows);
+    // Where the columns are too few to share: rows, as long as a thread gets enough of them.
+    if (row_tiles * divide_up(gemm.n, kTileColumnStep) < threads)
+        row_tiles = std::max<int64_t>(row_tiles, std::min(threads, gemm.m / kLeastSharedRows));
+    const int64_t rows = round_up(divide_up(gemm.m, row_tiles), kTileRowStep);
     int64_t column_tiles = divide_up(gemm.n, kTileColumns);
     if (row_tiles % threads) column_tiles = round_up(column_tiles, threads);
     const int64_t columns = round_up(divide_up(gemm.n, column_tiles), kTileColumnStep);
