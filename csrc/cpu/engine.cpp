@@ -74,15 +74,23 @@ void* workspace(size_t bytes) {
     return memory.get();
 }
 
-// Fewer rows of a tile than this pay too much for packing the weight.
+// Fewer rows of a tile than this pay too much for packing the weight. Much fewer would also take the kernel for few rows,
+// whose last bits differ, and the bits must not depend on the number of threads.
 constexpr int64_t kLeastSharedRows = 32;
+
+int64_t rows_of_tiles(int64_t m, int64_t tiles) {
+    return round_up(divide_up(m, tiles), kTileRowStep);
+}
 
 std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
     int64_t row_tiles = divide_up(gemm.m, kTileRows);
     // Where the columns are too few to share: rows, as long as a thread gets enough of them.
-    if (row_tiles * divide_up(gemm.n, kTileColumnStep) < threads)
-        row_tiles = std::max<int64_t>(row_tiles, std::min(threads, gemm.m / kLeastSharedRows));
-    const int64_t rows = round_up(divide_up(gemm.m, row_tiles), kTileRowStep);
+    if (row_tiles * divide_up(gemm.n, kTileColumnStep) < threads) {
+        int64_t more = std::min(threads, gemm.m / kLeastSharedRows);
+        while (more > row_tiles && gemm.m % rows_of_tiles(gemm.m, more) % kLeastSharedRows) --more;
+        row_tiles = std::max(row_tiles, more);
+    }
+    const int64_t rows = rows_of_tiles(gemm.m, row_tiles);
     int64_t column_tiles = divide_up(gemm.n, kTileColumns);
     if (row_tiles % threads) column_tiles = round_up(column_tiles, threads);
     const int64_t columns = round_up(divide_up(gemm.n, column_tiles), kTileColumnStep);
