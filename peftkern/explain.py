@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkern import backends
 from peftkern._modules import outer_modules
+from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn._merge import weight_dtype
 from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear
@@ -49,8 +50,10 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     if isinstance(target, nn.Module):
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = next(tensors, None)
+        blocks = (module for module in target.modules() if isinstance(module, FusedBlock))
+        fused = {layer: block.op for block in blocks for layer in block.fused_layers()}
         return [
-            _explain_layer(path, module, x)
+            _explain_layer(path, module, x, fused.get(module))
             for path, module in outer_modules(target)
             if isinstance(module, LoRALinear | NF4Linear)
         ]
@@ -65,12 +68,13 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     return [Explanation(name, op, choice.implementation, choice.reason)]
 
 
-def _explain_layer(path: str, layer: LoRALinear | NF4Linear, x: Tensor | None) -> Explanation:
+def _explain_layer(path: str, layer: LoRALinear | NF4Linear, x: Tensor | None, fused: str | None) -> Explanation:
+    """`fused` is the op that runs it together with others, if there is one."""
     plain = layer.effective_layer if isinstance(layer, LoRALinear) else layer
     state = _state(layer)
-    if plain is not None and not isinstance(plain, NF4Linear):
+    if fused is None and plain is not None and not isinstance(plain, NF4Linear):
         return Explanation(path, "linear", "torch", f"{state}: a dense layer alone")
-    op = "lora_linear" if plain is None else "nf4_linear"
+    op = fused or ("lora_linear" if plain is None else "nf4_linear")
     base = cast(LoRALinear, layer).base_layer if plain is None else plain
     probe, _ = autocast(_probe(base, x), None)
     try:

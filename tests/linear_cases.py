@@ -135,7 +135,7 @@ def assert_near_float64(
         error = (value.double() - exact[name]).norm().item()
         size = (exact[name].norm() + spread[name].abs().sqrt().norm()).item()
         # torch's matmul of grad_y and x, rounded to their dtype before the weight's.
-        dtypes = (value.dtype, grad_y.dtype) if name == "weight" else (value.dtype,)
+        dtypes = (value.dtype, grad_y.dtype) if name.startswith("weight") else (value.dtype,)
         limit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 + FP32_SUM
         assert error <= limit * size, f"{name}: relative error {error / size:.2e} > {limit:.2e}"
 

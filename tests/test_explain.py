@@ -58,6 +58,8 @@ def test_every_public_function(quantized):
     calls = {
         peftkern.nf4_linear: (torch.zeros(3, 16), q),
         peftkern.lora_linear: lora_arguments(),
+        peftkern.lora_qkv: (torch.zeros(3, 16), [q], [None], [None], [1.0]),
+        peftkern.lora_mlp: (torch.zeros(3, 16), q, q, torch.zeros(4, 8), {}),
         peftkern.nf4_quantize: (torch.zeros(8, 16),),
         peftkern.nf4_dequantize: (q,),
     }

@@ -247,6 +247,13 @@ void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns) {
     count_tiles(kernels, blocks);
 }
 
+void gated_activation(const char* op, const GatedActivation& pass, int64_t elements) {
+    const GemmKernels& kernels = level_in_use(op);
+    torch::stable::parallel_for(0, elements, kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernels.gated_activation(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;

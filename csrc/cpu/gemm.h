@@ -47,7 +47,7 @@ struct Contraction {
     bool weight_transposed;  // stored [n, depth] (as nn.Linear does), else [depth, n]
     Dropout weight_dropout;  // only with a dense weight stored [depth, n]
     bool bf16_dot;  // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
-    Dropout result_dropout;  // applied to the tile after this term
+    Dropout result_dropout;  // applied to this term of the sum
 };
 
 constexpr int kMaxContractions = 6;
@@ -102,6 +102,17 @@ struct ScaleColumns {
     int64_t rows;
 };
 
+enum class Activation { kSilu, kGelu, kGeluTanh };
+
+// product = act(gate) * up and, with grad, grad_gate = grad * up * act'(gate) and grad_up = grad * act(gate), over
+// dense elements of one dtype. Outputs may be null, and one of them may be grad.
+struct GatedActivation {
+    const void *gate, *up, *grad;
+    void *product, *grad_gate, *grad_up;
+    Dtype dtype;
+    Activation activation;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -109,6 +120,7 @@ struct GemmKernels {
     void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
+    void (*gated_activation)(const GatedActivation* pass, int64_t begin, int64_t end);
 };
 
 extern "C" {

@@ -3,10 +3,11 @@
 #include "cpu/simd_avx512.h"
 // Above: the vector operations that the headers below are written in.
 #include "cpu/decode_bf16.h"
+#include "cpu/gated_activation.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/panel_bf16.h"
 #include "cpu/passes_kernel.h"
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx512bf16 = {
     peftkern::run_tile<peftkern::Bf16Dot, peftkern::Decode>, peftkern::Workspace::bytes, peftkern::split_dropout,
-    peftkern::scale_columns};
+    peftkern::scale_columns, peftkern::gated_activation};

@@ -1,9 +1,10 @@
 // The GEMM engine at the level "scalar". Compiled with that instruction set: nothing but extern "C" symbols may leave.
 #include "cpu/simd_portable.h"
 // Above: the vector operations that the headers below are written in.
+#include "cpu/gated_activation.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/passes_kernel.h"
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_scalar = {peftkern::run_tile<peftkern::Fp32Dot>,
                                                                peftkern::Workspace::bytes, peftkern::split_dropout,
-                                                               peftkern::scale_columns};
+                                                               peftkern::scale_columns, peftkern::gated_activation};
