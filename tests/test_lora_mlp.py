@@ -162,7 +162,7 @@ def test_activations_everywhere(isa: str, activation: str, seed: int) -> None:
 
 
 def test_gradcheck_of_the_reference(seed: int) -> None:
-    inputs = {"x": torch.randn(2, 3, IN), **mlp(("float32",) * 3, bias_dtype=torch.float32)}
+    inputs = {"x": torch.randn(2, 2, 5), **mlp(("float32",) * 3, (5, 7, 3), (2, 1, 2), bias_dtype=torch.float32)}
     leaves = {name: value.double().requires_grad_() for name, value in float_tensors(inputs).items()}
     for activation in ACTIVATIONS:
 

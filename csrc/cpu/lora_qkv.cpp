@@ -14,7 +14,7 @@
 namespace peftkern {
 namespace {
 
-// Stacking copies A. It saves packing x once for each projection, which fewer rows do not repay.
+// Stacking copies A but packs x once for all projections: even at 32 rows, a tenth of these products from 64 on.
 constexpr int64_t kStackedRows = 32;
 
 void check_count(const char* op, const char* name, size_t count, size_t wanted) {
