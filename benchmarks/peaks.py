@@ -28,11 +28,17 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(str(target))
 
 
+def _use_every_core() -> None:
+    """Threads are born on the core that OpenMP has bound the main thread to."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 def measure(threads: int) -> dict[str, float]:
     """Units per second over `threads` threads: read_bandwidth (bytes) and the flops functions the CPU has."""
     library = _library()
     buffers = [torch.ones(BUFFER_BYTES, dtype=torch.uint8) for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=_use_every_core) as pool:
 
         def best(name: str, arguments: list[tuple[Any, ...]]) -> float:
             function = getattr(library, name)

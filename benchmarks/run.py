@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
             target = Path(folder) / f"{threads}.json"
             command = [sys.executable, "-m", "benchmarks.run", *arguments, "--child", "--output", str(target)]
             command += ["--threads", str(threads)]
-            environment["OMP_NUM_THREADS"] = str(threads)
+            # Bound, since two threads that meet on one core stay there for whole time slices.
+            environment |= {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true"}
             status = subprocess.run(command, env=environment, cwd=ROOT).returncode
             if status:
                 raise SystemExit(f"benchmarks.run: the process with {threads} threads failed with status {status}")

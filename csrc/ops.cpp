@@ -42,5 +42,43 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "float[] scalings, str activation, float dropout_p, Tensor? seeds, bool need_x, bool need_a, bool need_b, "
         "bool need_inner) -> (Tensor grad_x, Tensor grad_a, Tensor grad_down_a, Tensor[] grad_bs, Tensor product, "
         "Tensor grad_gate, Tensor grad_up)");
+    m.def(
+        "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
+    m.def(
+        "dora_linear_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, Tensor lora_a, Tensor lora_b, float scaling, Tensor square_norm, bool bf16) "
+        "-> Tensor");
+    m.def(
+        "dora_linear_norm_backward(Tensor grad_norm, Tensor norm, Tensor weight, Tensor? absmax, "
+        "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
+        "Tensor lora_b, float scaling) -> (Tensor grad_a, Tensor grad_b)");
+    m.def(
+        "dora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, Tensor lora_a, Tensor lora_b, Tensor scale, "
+        "float scaling, Tensor? bias, float dropout_p, Tensor? seed, bool drop_base, bool need_z) "
+        "-> (Tensor y, Tensor h, Tensor z)");
+    m.def(
+        "dora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor z, Tensor weight, Tensor? absmax, "
+        "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
+        "Tensor lora_b, Tensor scale, float scaling, float dropout_p, Tensor? seed, bool drop_base, bool need_x, "
+        "bool need_a, bool need_b, bool need_scale) "
+        "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_scale)");
+    m.def(
+        "ia3_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, Tensor scale, Tensor? bias, bool scale_input) "
+        "-> Tensor");
+    m.def(
+        "ia3_linear_backward(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor? absmax, Tensor? nested_absmax, "
+        "Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor scale, Tensor? bias, bool scale_input, "
+        "bool need_x, bool need_scale) -> (Tensor grad_x, Tensor grad_scale)");
+    m.def(
+        "prompt_embedding(Tensor input_ids, Tensor embedding_weight, Tensor prompt, Tensor? prompt_ids, "
+        "Tensor? attention_mask, Tensor? labels, Tensor? position_ids, Tensor? prompt_places) "
+        "-> (Tensor inputs_embeds, Tensor attention_mask, Tensor labels, Tensor position_ids)");
+    m.def(
+        "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
+        "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
+        "-> (Tensor grad_weight, Tensor grad_prompt)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -3,32 +3,63 @@
 from peftkern import nn
 from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
-from peftkern.model import add_lora, load_adapter, quantize, save_adapter
+from peftkern.loraplus import loraplus_groups
+from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
+from peftkern.ops.dora_linear import dora_linear
+from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.ops.lora_qkv import lora_qkv
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
+from peftkern.ops.prompt_embedding import prompt_embedding
+from peftkern.tuning import (
+    add_lora,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    load,
+    load_adapter,
+    merge,
+    save,
+    save_adapter,
+    set_adapter,
+    tune,
+    unmerge,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NF4Weight",
     "add_lora",
+    "delete_adapter",
+    "disable_adapters",
+    "dora_linear",
+    "enable_adapters",
     "explain",
     "fuse_blocks",
+    "ia3_linear",
+    "load",
     "load_adapter",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "loraplus_groups",
+    "merge",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
     "nn",
+    "prompt_embedding",
     "quantize",
     "report",
+    "save",
     "save_adapter",
+    "set_adapter",
+    "tune",
     "unfuse_blocks",
+    "unmerge",
 ]

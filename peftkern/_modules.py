@@ -5,18 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.nn._adapted_linear import AdaptedLinear
+from peftkern.nn._adapters import AdapterModule
 
 HEAD_NAME = "lm_head"
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without those inside an AdaptedLinear."""
+    """named_modules without those inside an AdapterModule that wraps another module."""
     inside = None
     for path, module in model.named_modules():
         if inside is None or not path.startswith(inside):
             yield path, module
-            inside = path + "." * bool(path) if isinstance(module, AdaptedLinear) else None
+            wraps = isinstance(module, AdapterModule) and "base_layer" in module._modules
+            inside = path + "." * bool(path) if wraps else None
 
 
 def places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -32,6 +33,22 @@ def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     for path in paths:
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module)
+
+
+def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
+    """Path -> module; one that the model holds more than once by its first path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterModule)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Of all adapters of all methods."""
+    return list(dict.fromkeys(name for module in adapter_modules(model).values() for name in module.settings))
+
+
+def activate(model: nn.Module, adapter_name: str | None) -> None:
+    """Makes an adapter active and trainable wherever it is, and in the other modules none."""
+    for module in adapter_modules(model).values():
+        module.set_adapter(adapter_name if adapter_name in module.settings else None)
 
 
 def use_forward_of_linears(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""One LoRA adapter on disk as HF PEFT 0.21 stores it: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""Adapters on disk as HF PEFT 0.21 stores them, `adapter_config.json` beside `adapter_model.safetensors`; LoRA's."""
 
 import json
 import os
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.nn.lora_linear import LoRASettings
+from peftkern.nn._low_rank_linear import LoRASettings
+from peftkern.nn.dora_linear import DoRASettings
 from peftkern.ops._linear import FLOATING
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+# In the order of the layers' `adapter_parameters`; the magnitude is DoRA's.
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_KEY = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # PEFT options that change what the layer computes, or which tensors are trained.
 _UNSUPPORTED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -47,13 +49,13 @@ class AdapterFile:
     """What the two files hold.
 
     Attributes:
-        factors: path of the linear layer in the base model -> (A [rank, in], B [out, rank]).
+        factors: path of the linear layer in the base model -> (A [rank, in], B [out, rank]), for DoRA (A, B, m [out]).
         settings: path -> the layer's settings.
         target_modules: by which PEFT finds the layers, see `matches`; None if other options narrow them down.
         base_model_name_or_path: what PEFT records of the base model.
     """
 
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: dict[str, tuple[Tensor, ...]]
     settings: dict[str, LoRASettings]
     target_modules: Targets | None
     base_model_name_or_path: str | None = None
@@ -102,6 +104,71 @@ def _safetensors() -> Any:
     return safetensors
 
 
+def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file that holds copies of these tensors, from whatever device.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return _safetensors().torch.save(own, metadata={"format": "pt"})
+
+
+def to_json(config: Mapping[str, Any]) -> bytes:
+    """The content of an `adapter_config.json`."""
+    return (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_pair(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes PEFT's two files, whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+        ImportError: safetensors is not installed.
+    """
+    write_files(directory, {TENSORS_NAME: to_safetensors(tensors), CONFIG_NAME: to_json(config)})
+
+
+def check_pair(directory: Path) -> None:
+    """Raises FileNotFoundError unless `directory` has both of PEFT's files."""
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"load: {directory} has no {name}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is corrupt.
+        ImportError: safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load: {path} is corrupt: {error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """An `adapter_config.json` of any method.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is not a JSON object with a "peft_type".
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"load: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"load: {path} must be a JSON object, got {type(config).__name__}")
+    if "peft_type" not in config:
+        raise ValueError(f"load: {path} has no 'peft_type'")
+    return config
+
+
 def _whole(number: float) -> float:
     """16.0 as 16: PEFT types alpha as an int."""
     return int(number) if float(number).is_integer() else number
@@ -110,7 +177,7 @@ def _whole(number: float) -> float:
 def _common(values: Iterable[Any], what: str) -> Any:
     found = set(values)
     if len(found) > 1:
-        raise ValueError(f"save_adapter: {what} must be one value for all layers, got {sorted(found)}")
+        raise ValueError(f"save: {what} must be one value for all layers, got {sorted(found)}")
     return found.pop()
 
 
@@ -135,7 +202,7 @@ def _config(file: AdapterFile) -> dict[str, Any]:
         "init_lora_weights": True,
         "lora_bias": False,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": isinstance(next(iter(settings.values())), DoRASettings),
     }
 
 
@@ -148,89 +215,85 @@ def write_adapter(directory: Path, file: AdapterFile) -> None:
         ImportError: safetensors is not installed.
     """
     tensors = {
-        f"base_model.model.{path}.lora_{factor}.weight": tensor.detach().cpu().contiguous()
-        for path, pair in file.factors.items()
-        for factor, tensor in zip("AB", pair)
+        f"base_model.model.{path}.{part}": tensor
+        for path, factors in file.factors.items()
+        for part, tensor in zip(_PARTS, factors)
     }
-    config = json.dumps(_config(file), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    content = _safetensors().torch.save(tensors, metadata={"format": "pt"})
-    write_files(directory, {TENSORS_NAME: content, CONFIG_NAME: config.encode()})
+    write_pair(directory, _config(file), tensors)
 
 
-def read_adapter(directory: Path) -> AdapterFile:
+def read_adapter(directory: Path, use_dora: bool = False) -> AdapterFile:
     """Reads both files and checks them against each other.
+
+    Args:
+        directory: where they are.
+        use_dora: whether they must be DoRA's, or LoRA's.
 
     Raises:
         FileNotFoundError: one is missing.
         ValueError: one is corrupt, not a LoRA adapter, uses a PEFT option that is not supported, or they disagree.
         ImportError: safetensors is not installed.
     """
-    for name in (CONFIG_NAME, TENSORS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"load_adapter: {directory} has no {name}")
-    config = _read_config(directory / CONFIG_NAME)
+    check_pair(directory)
+    config = _read_lora_config(directory / CONFIG_NAME)
+    if bool(config.get("use_dora")) != use_dora:
+        raise ValueError(
+            f"load: {directory / CONFIG_NAME}: use_dora is not supported by this method, got {config.get('use_dora')!r}"
+        )
     where = str(directory / TENSORS_NAME)
+    wanted = _PARTS if config.get("use_dora") else _PARTS[:2]
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(directory / TENSORS_NAME).items():
+    for key, tensor in read_tensors(directory / TENSORS_NAME).items():
         parts = _KEY.fullmatch(key)
-        if parts is None:
-            raise ValueError(f'load_adapter: {where}: "{key}" is not a linear layer\'s lora_A or lora_B')
-        if tensor.dtype not in FLOATING or tensor.dim() != 2 or not torch.isfinite(tensor).all():
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f'load_adapter: {where}: "{key}" must be a finite floating-point matrix, got {got}')
-        pairs.setdefault(parts["path"], {})[parts["factor"]] = tensor
+        if parts is None or parts["part"] not in wanted:
+            raise ValueError(f'load: {where}: "{key}" is not a linear layer\'s {", ".join(wanted)}')
+        is_vector = parts["part"] == _PARTS[2]
+        if tensor.dtype not in FLOATING or tensor.dim() != 2 - is_vector or not torch.isfinite(tensor).all():
+            got, shape = f"{tensor.dtype} {list(tensor.shape)}", "vector" if is_vector else "matrix"
+            raise ValueError(f'load: {where}: "{key}" must be a finite floating-point {shape}, got {got}')
+        pairs.setdefault(parts["path"], {})[parts["part"]] = tensor
     if not pairs:
-        raise ValueError(f"load_adapter: {where} has no tensors")
+        raise ValueError(f"load: {where} has no tensors")
 
     factors, settings = {}, {}
     for path, pair in pairs.items():
-        if len(pair) != 2:
-            raise ValueError(f'load_adapter: {where}: "{path}" has lora_{next(iter(pair))} alone')
+        if len(pair) != len(wanted):
+            raise ValueError(
+                f'load: {where}: "{path}" has {" and ".join(sorted(p.removesuffix(".weight") for p in pair))} alone'
+            )
         settings[path] = _settings(config, path)
-        factors[path] = a, b = pair["A"], pair["B"]
+        factors[path] = tuple(pair[part] for part in wanted)
+        a, b = factors[path][:2]
         if not a.shape[0] == b.shape[1] == settings[path].rank:
             got = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
-            raise ValueError(f'load_adapter: {where}: "{path}" must have rank {settings[path].rank}, got {got}')
+            raise ValueError(f'load: {where}: "{path}" must have rank {settings[path].rank}, got {got}')
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     targets = None if narrowed or config["target_modules"] == "all-linear" else config["target_modules"]
     return AdapterFile(factors, settings, targets, config.get("base_model_name_or_path"))
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load_adapter: {path} is corrupt: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_lora_config(path: Path) -> dict[str, Any]:
     """The config, checked as far as it does not depend on a layer."""
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"load_adapter: {path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"load_adapter: {path} must be a JSON object, got {type(config).__name__}")
+    config = read_config(path)
     for key in _REQUIRED:
         if key not in config:
-            raise ValueError(f"load_adapter: {path} has no {key!r}")
+            raise ValueError(f"load: {path} has no {key!r}")
     if config["peft_type"] != "LORA":
-        raise ValueError(f"load_adapter: {path}: peft_type must be 'LORA', got {config['peft_type']!r}")
+        raise ValueError(f"load: {path}: peft_type must be 'LORA', got {config['peft_type']!r}")
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise ValueError(f"load_adapter: {path}: {key} is not supported, got {config[key]!r}")
+            raise ValueError(f"load: {path}: {key} is not supported, got {config[key]!r}")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"load_adapter: {path}: bias must be 'none', got {config['bias']!r}")
+        raise ValueError(f"load: {path}: bias must be 'none', got {config['bias']!r}")
     if config.get("init_lora_weights", True) not in _ADAPTER_ONLY_INITS:
         init = config["init_lora_weights"]
-        raise ValueError(f"load_adapter: {path}: init_lora_weights={init!r} belongs to changed base weights")
+        raise ValueError(f"load: {path}: init_lora_weights={init!r} belongs to changed base weights")
     targets = config["target_modules"]
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise ValueError(f"load_adapter: {path}: target_modules must be a str or a list of them, got {targets!r}")
+        raise ValueError(f"load: {path}: target_modules must be a str or a list of them, got {targets!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"load_adapter: {path}: {key} must be an object, got {config[key]!r}")
+            raise ValueError(f"load: {path}: {key} must be an object, got {config[key]!r}")
     try:
         for pattern in (targets if isinstance(targets, str) else "", *_patterns(config)):
             re.compile(pattern)
@@ -239,7 +302,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             for value in (config.get(key) or {}).values():
                 LoRASettings(**{field: value})
     except (re.error, TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path}: {error}") from error
+        raise ValueError(f"load: {path}: {error}") from error
     return config
 
 
@@ -254,7 +317,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> 
 
 
 def _settings(config: Mapping[str, Any], path: str) -> LoRASettings:
-    return LoRASettings(
+    return (DoRASettings if config.get("use_dora") else LoRASettings)(
         rank=_by_pattern(config.get("rank_pattern"), path, config["r"]),
         alpha=_by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]),
         dropout=config.get("lora_dropout", 0.0),

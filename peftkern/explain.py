@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from peftkern import backends
 from peftkern._modules import outer_modules
+from peftkern._native import ops
+from peftkern.nn._adapted_linear import AdaptedLinear
+from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn._merge import weight_dtype
-from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
 
@@ -39,7 +41,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """Which implementation would run, and why. Nothing is computed and no random number drawn.
 
     Args:
-        target: a model: one record per NF4Linear and LoRALinear in it. Or a public function of peftkern: one record.
+        target: a model: one record per NF4Linear and module with adapters in it. Or a public function of peftkern: one
+            record.
         args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
             model's first tensor gives the device, and the dtype if it is floating point.
 
@@ -55,7 +58,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         return [
             _explain_layer(path, module, x, fused.get(module))
             for path, module in outer_modules(target)
-            if isinstance(module, LoRALinear | NF4Linear)
+            if isinstance(module, AdapterModule | NF4Linear)
         ]
     name = getattr(target, "__name__", type(target).__name__)
     if not callable(target) or not getattr(target, "__module__", "").startswith("peftkern.ops."):
@@ -68,15 +71,33 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     return [Explanation(name, op, choice.implementation, choice.reason)]
 
 
-def _explain_layer(path: str, layer: LoRALinear | NF4Linear, x: Tensor | None, fused: str | None) -> Explanation:
+def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None, fused: str | None) -> Explanation:
     """`fused` is the op that runs it together with others, if there is one."""
-    plain = layer.effective_layer if isinstance(layer, LoRALinear) else layer
     state = _state(layer)
+    if isinstance(layer, AdapterModule) and not isinstance(layer, AdaptedLinear):
+        return _explain_module(path, layer, x, state)
+    plain = layer.effective_layer if isinstance(layer, AdaptedLinear) else layer
     if fused is None and plain is not None and not isinstance(plain, NF4Linear):
         return Explanation(path, "linear", "torch", f"{state}: a dense layer alone")
-    op = fused or ("lora_linear" if plain is None else "nf4_linear")
-    base = cast(LoRALinear, layer).base_layer if plain is None else plain
-    probe, _ = autocast(_probe(base, x), None)
+    op = fused or (cast(AdaptedLinear, layer).op if plain is None else "nf4_linear")
+    base = cast(AdaptedLinear, layer).base_layer if plain is None else plain
+    return _chosen(path, op, _probe(base, x), state)
+
+
+def _explain_module(path: str, module: AdapterModule, x: Tensor | None, state: str) -> Explanation:
+    """Of a module that is no linear layer; its first parameter stands for x where there is none."""
+    if state:
+        return Explanation(path, module.op, "none", f"{state}: the base alone")
+    first = next((p for p in (*module.parameters(), *module.stored_tensors()) if p.is_floating_point()), None)
+    probe = x if x is not None and x.is_floating_point() else first
+    return _chosen(path, module.op, torch.empty(0) if probe is None else probe.new_empty(0), state)
+
+
+def _chosen(path: str, op: str, probe: Tensor, state: str) -> Explanation:
+    """What would run `op` on an input like `probe`."""
+    if not hasattr(ops, op):
+        return Explanation(path, op, "torch", f"{state}; plain torch" if state else "plain torch")
+    probe, _ = autocast(probe, None)
     try:
         implementation, reason = backends.choose(op, probe)
     except RuntimeError as error:
@@ -94,13 +115,15 @@ def _probe(base: nn.Linear, x: Tensor | None) -> Tensor:
     return torch.empty(1, base.in_features, dtype=dtype, device=base.weight.device if x is None else x.device)
 
 
-def _state(layer: LoRALinear | NF4Linear) -> str:
-    """Why a LoRALinear does not run its adapter; empty if it does."""
-    if isinstance(layer, NF4Linear) or layer.effective_layer is None:
+def _state(layer: AdapterModule | NF4Linear) -> str:
+    """Why a module with adapters does not run one; empty if it does."""
+    if isinstance(layer, NF4Linear):
         return ""
     if not layer.enabled:
         return "adapters disabled"
-    return "merged" if layer.merged else "no active adapter"
+    if layer.active_adapter is None:
+        return "no active adapter"
+    return "merged" if getattr(layer, "merged", False) else ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ class Row:
 
     Attributes:
         name: its path.
-        method: "LoRA r=8", "QLoRA r=8", "NF4", "trained" or "frozen".
+        method: "NF4", "trained", "frozen", or of a module with adapters its method, "QLoRA r=8".
         implementation: what will run it, see `Explanation`.
         trainable_parameters, parameters: elements; of an NF4 weight those of the dense one.
         bytes: of parameters and buffers. A tensor that modules share counts in the first.
@@ -128,7 +151,7 @@ class Report:
     """What `report` found; `print` shows it as a table in which layers of the same kind are one line.
 
     Attributes:
-        rows: one per module that holds tensors; what is inside a LoRALinear counts there.
+        rows: one per module that holds tensors; what is inside a module with adapters counts there.
         no_gradient: trainable tensors whose grad is None although others have one. Empty before a backward.
         zero_gradient: trainable tensors whose grad is all zeros. In the first step of a new adapter every lora_A is.
     """
@@ -186,7 +209,7 @@ def report(model: nn.Module) -> Report:
 
 def _row(path: str, module: nn.Module, implementation: str, seen: set[int]) -> Row:
     """The row of a module, without the tensors in `seen`, to which its own are added."""
-    owners = list(module.modules()) if isinstance(module, LoRALinear) else [module]
+    owners = list(module.modules()) if isinstance(module, AdapterModule) else [module]
     tensors = [
         (owner, t) for owner in owners for t in (*owner.parameters(recurse=False), *owner.buffers(recurse=False))
     ]
@@ -195,9 +218,10 @@ def _row(path: str, module: nn.Module, implementation: str, seen: set[int]) -> R
     parameters = [(t, _elements(owner, t)) for owner, t in new.values() if isinstance(t, nn.Parameter)]
     trainable = sum(elements for t, elements in parameters if t.requires_grad)
     size = sum(t.nbytes for _, t in new.values())
-    if isinstance(module, LoRALinear) and module.merged_layer is not None:
-        bias = module.merged_layer.bias
-        size += sum(t.nbytes for t in module.merged_layer.state_dict(keep_vars=True).values() if t is not bias)
+    if isinstance(module, AdapterModule):
+        stored = {id(t): t for t in module.stored_tensors() if id(t) not in seen}
+        seen.update(stored)
+        size += sum(t.nbytes for t in stored.values())
     total = sum(elements for _, elements in parameters)
     return Row(path, _method(module, trainable), implementation, trainable, total, size)
 
@@ -211,12 +235,10 @@ def _elements(owner: nn.Module, parameter: nn.Parameter) -> int:
 def _method(module: nn.Module, trainable: int) -> str:
     if isinstance(module, NF4Linear):
         return "NF4"
-    if not isinstance(module, LoRALinear):
+    if not isinstance(module, AdapterModule):
         return "trained" if trainable else "frozen"
-    kind = "QLoRA" if isinstance(module.base_layer, NF4Linear) else "LoRA"
-    rank = "" if module.active_adapter is None else f" r={module.settings[module.active_adapter].rank}"
     state = _state(module)
-    return f"{kind}{rank}" + (f", {state}" if state else "")
+    return module.method_name + (f", {state}" if state else "")
 
 
 def _cells(name: str, method: str, implementation: str, rows: list[Row]) -> tuple[str, ...]:

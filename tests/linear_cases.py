@@ -113,29 +113,36 @@ def _storages(inputs: Inputs, grad_y: Tensor) -> list[Tensor]:
 
 
 def assert_near_float64(
-    function: Function, reference: Function, inputs: Inputs, grad_y: Tensor, expected_inputs: Inputs | None = None
+    function: Function,
+    reference: Function,
+    inputs: Inputs,
+    grad_y: Tensor,
+    expected_inputs: Inputs | None = None,
+    frozen: tuple[str, ...] = (),
+    through_x: tuple[str, ...] = ("weight",),
 ) -> None:
     """y and every gradient of `function` are those of `reference` in float64; nothing it was given is written over.
 
-    `expected_inputs` are the reference's where they differ. The error is a Frobenius norm, over the result's norm and
-    what that norm would be if no terms cancelled: the root of the sum of the terms' squares, which the same formula
-    gives for squared factors. One rounding of each element is at most eps / 2 of the first; rounding a weight to bf16,
-    as the bf16 dot products do, about 1.5e-3 of the second.
+    `expected_inputs` are the reference's where they differ; inputs in `frozen` get no gradient; gradients of those in
+    `through_x` are made from something that was rounded to grad_y's dtype. The error is a Frobenius norm, over the
+    result's norm and what that norm would be if no terms cancelled: the root of the sum of the terms' squares, which
+    the same formula gives for squared factors. One rounding of each element is at most eps / 2 of the first; rounding a
+    weight to bf16, as the bf16 dot products do, about 1.5e-3 of the second.
     """
     before = [storage.clone() for storage in _storages(inputs, grad_y)]
-    actual = gradients(function, inputs, grad_y)
+    names = [name for name in float_tensors(inputs) if name not in frozen]
+    actual = gradients(function, inputs, grad_y, names)
     for now, then in zip(_storages(inputs, grad_y), before):
         assert torch.equal(now, then), "an input was written over"
     expected_inputs = inputs if expected_inputs is None else expected_inputs
-    exact = gradients(reference, _widened(expected_inputs, 1), grad_y.double(), float_tensors(inputs))
-    spread = gradients(reference, _widened(expected_inputs, 2), grad_y.double() ** 2, float_tensors(inputs))
+    exact = gradients(reference, _widened(expected_inputs, 1), grad_y.double(), names)
+    spread = gradients(reference, _widened(expected_inputs, 2), grad_y.double() ** 2, names)
     for name, value in actual.items():
         like = inputs["x" if name == "y" else name]
         assert value.dtype == like.dtype and value.shape == exact[name].shape, name
         error = (value.double() - exact[name]).norm().item()
         size = (exact[name].norm() + spread[name].abs().sqrt().norm()).item()
-        # torch's matmul of grad_y and x, rounded to their dtype before the weight's.
-        dtypes = (value.dtype, grad_y.dtype) if name.startswith("weight") else (value.dtype,)
+        dtypes = (value.dtype, grad_y.dtype) if name in through_x else (value.dtype,)
         limit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 + FP32_SUM
         assert error <= limit * size, f"{name}: relative error {error / size:.2e} > {limit:.2e}"
 

@@ -33,6 +33,7 @@ PEERS = {
     "lora_qkv dense forward+backward": ["peftkern lora_linear", "PEFT"],
     "lora_mlp nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
     "lora_mlp dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "prompt_embedding forward+backward": ["torch"],
 }
 
 

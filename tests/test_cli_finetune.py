@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+import peftkern
 from peftkern.cli import data, finetune, main, peers, report, training
 
 pytest.importorskip("transformers")
@@ -117,7 +118,7 @@ def test_peft_loads_the_adapter(method, command, tmp_path, monkeypatch):
     folder = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method == "qlora":
-        base = finetune.quantize(base)
+        base = peftkern.quantize(base)
     ids = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         wanted = trained[0].eval()(input_ids=ids).logits
@@ -219,8 +220,8 @@ def test_the_peer_starts_from_the_same_model(method, model_folder, tmp_path):
     from safetensors.torch import load_file
 
     base = finetune.loading.load_model(model_folder, torch.bfloat16)
-    base = finetune.quantize(base) if method == "qlora" else base
-    finetune.save_adapter(finetune.add_lora(base, rank=4, alpha=8.0, dropout=0.25), tmp_path)
+    base = peftkern.quantize(base) if method == "qlora" else base
+    peftkern.save_adapter(peftkern.add_lora(base, rank=4, alpha=8.0, dropout=0.25), tmp_path)
     peer = peers.load(method, model_folder, tmp_path, torch.bfloat16)
     trainable = {name.replace(".default", ""): p.detach() for name, p in peer.named_parameters() if p.requires_grad}
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -353,7 +354,7 @@ def test_bad_model_folder(name, command, model_folder, tmp_path, capsys):
         ("--alpha", "inf"),
         ("--dropout", "1"),
         ("--dtype", "int8"),
-        ("--method", "dora"),
+        ("--method", "nothing"),
         ("--seed", "-1"),
         ("--threads", "0"),
     ],
@@ -378,7 +379,7 @@ def test_disk_full_while_saving_results(command, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_adapter", half)
+        patch.setattr(finetune, "save", half)
         assert main(command) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert files(tmp_path / "out") == {"checkpoint.pt"}

@@ -195,6 +195,13 @@ def test_readme_shows_the_committed_results():
     assert README[begin:end] == f"\n{wanted}\n", "run: python -m benchmarks.table --update README.md"
 
 
+def test_missed_targets_are_the_committed_results_s():
+    document = (ROOT / "docs/speed.md").read_text()
+    begin, end = table.shown(document)
+    wanted = table.missed(table.read_report(table.RESULTS))
+    assert document[begin:end] == f"\n{wanted}\n", "run: python -m benchmarks.table --missed --update docs/speed.md"
+
+
 def test_environment_variables_are_documented():
     read = set()
     for folder in ("peftkern", "csrc", "tests"):

@@ -60,6 +60,9 @@ def test_every_public_function(quantized):
         peftkern.lora_linear: lora_arguments(),
         peftkern.lora_qkv: (torch.zeros(3, 16), [q], [None], [None], [1.0]),
         peftkern.lora_mlp: (torch.zeros(3, 16), q, q, torch.zeros(4, 8), {}),
+        peftkern.dora_linear: (*lora_arguments(), torch.ones(lora_arguments()[1].shape[0])),
+        peftkern.ia3_linear: (torch.zeros(3, 16), q, torch.ones(q.shape[0])),
+        peftkern.prompt_embedding: (torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 4)),
         peftkern.nf4_quantize: (torch.zeros(8, 16),),
         peftkern.nf4_dequantize: (q,),
     }

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 import peftkern
+from peftkern.methods import Method
+from peftkern.nn._adapted_linear import AdaptedLinear
+from peftkern.nn._adapters import AdapterModule
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
@@ -33,12 +36,17 @@ def tracked() -> list[str]:
 FILES = tracked()
 SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 # Parts of another op, and what tests count tiles with.
-STEM_OF = {"nf4_quantize_absmax": "nf4_quantize"}
+STEM_OF = {
+    "nf4_quantize_absmax": "nf4_quantize",
+    "dora_linear_norm": "dora_linear",
+    "dora_linear_square_norm": "dora_linear",
+}
 NOT_AN_OP = {"cpu_tiles_run"}
 
 
 def stem(schema: str) -> str:
-    return STEM_OF.get(schema, schema).removesuffix("_backward")
+    name = schema.removesuffix("_backward")
+    return STEM_OF.get(name, name)
 
 
 def test_no_long_file():
@@ -111,10 +119,14 @@ def public_functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[s
                 yield from public_functions(node.body, f"{prefix}{node.name}.")
 
 
+OVERRIDDEN = {"forward", "extra_repr"} | {
+    name for base in (Method, AdapterModule, AdaptedLinear) for name, value in vars(base).items() if value.__doc__
+}
+
+
 def speaks_for_itself(node: ast.FunctionDef | ast.ClassDef) -> bool:
-    """An override of torch's, or one statement."""
-    overrides = node.name in ("forward", "extra_repr")
-    return isinstance(node, ast.FunctionDef) and (overrides or len(node.body) == 1)
+    """An override of what torch or a base class here explains, or one statement."""
+    return isinstance(node, ast.FunctionDef) and (node.name in OVERRIDDEN or len(node.body) == 1)
 
 
 LIBRARY = [name for name in FILES if re.fullmatch(r"peftkern/(?!cli/|__main__).*\.py", name)]

@@ -29,6 +29,7 @@ from peftkern.ops._projections import draw_seeds, native_projections
 from peftkern.ops.lora_qkv import lora_qkv_reference
 
 IN = 33
+WEIGHTS = tuple(f"weight{i}" for i in range(8))
 
 
 def call(x: Tensor, backend: str | None = "cpu", dropout_p: float = 0.0, training: bool = False, **inputs: Any) -> Any:
@@ -66,7 +67,7 @@ def qkv(
 def check(inputs: Inputs) -> None:
     width = sum(p.weight.shape[0] for p in projections_of(inputs))
     x = inputs["x"]
-    assert_near_float64(native, reference, inputs, torch.randn(*x.shape[:-1], width).to(x.dtype))
+    assert_near_float64(native, reference, inputs, torch.randn(*x.shape[:-1], width).to(x.dtype), through_x=WEIGHTS)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -123,7 +124,7 @@ def test_adapters_of_several_dtypes(isa: str, seed: int) -> None:
 def test_layouts(isa: str, dtype: torch.dtype, layout: str, seed: int) -> None:
     randn = partial(torch.randn, dtype=dtype)
     grad_y, x = (LAYOUTS[layout](randn, features) for features in (13, IN))
-    assert_near_float64(native, reference, {"x": x, **qkv(bias_dtype=dtype)}, grad_y)
+    assert_near_float64(native, reference, {"x": x, **qkv(bias_dtype=dtype)}, grad_y, through_x=WEIGHTS)
 
 
 def test_strided_parameters(isa: str, seed: int) -> None:
@@ -145,7 +146,8 @@ def check_masks(inputs: Inputs, p: float) -> None:
     seeds = draw_seeds(projections_of(inputs), p, True)
     x, width = inputs["x"], sum(p.weight.shape[0] for p in projections_of(inputs))
     grad_y = torch.randn(*x.shape[:-1], width).to(x.dtype)
-    assert_near_float64(dropping, reference, inputs, grad_y, {**inputs, "dropout_p": p, "seeds": seeds})
+    expected_inputs = {**inputs, "dropout_p": p, "seeds": seeds}
+    assert_near_float64(dropping, reference, inputs, grad_y, expected_inputs, through_x=WEIGHTS)
 
 
 @pytest.mark.parametrize("p", [0.1, 1.0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.nn import LoRAAttention, LoRALinear, LoRAMLP, NF4Linear
+from peftkern.nn import DoRALinear, LoRAAttention, LoRALinear, LoRAMLP, NF4Linear
 from peftkern.nn._fused_block import FusedBlock
 
 transformers = pytest.importorskip("transformers")
@@ -244,7 +244,14 @@ def subclass_a_layer(model: nn.Module) -> Any:
     model.model.layers[0].self_attn.q_proj = Doubling(32, 32)
 
 
-@pytest.mark.parametrize("change", [hook_a_layer, replace_forward, other_dropout, subclass_a_layer])
+def use_another_method(model: nn.Module) -> Any:
+    model.model.layers[0].self_attn.q_proj = DoRALinear(nn.Linear(32, 32))
+
+
+CHANGES = [hook_a_layer, replace_forward, other_dropout, subclass_a_layer, use_another_method]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_layers_that_run_themselves(change: Callable[[nn.Module], Any], calls: Calls, seed: int) -> None:
     """Their block's forward calls each projection; the other blocks stay fused."""
     model, inputs = adapted(make("Llama")), batch()
@@ -252,6 +259,7 @@ def test_layers_that_run_themselves(change: Callable[[nn.Module], Any], calls: C
     torch.manual_seed(3)
     expected = results(model, inputs)
     peftkern.fuse_blocks(model)
+    assert {r.op for r in peftkern.explain(model) if "layers.0.self_attn" in r.name}.isdisjoint({"lora_qkv"})
     torch.manual_seed(3)
     assert_near(results(model, inputs), expected)
     assert calls.take() == (1, 2)

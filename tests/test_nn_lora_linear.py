@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peftkern.nn import LoRALinear, NF4Linear
-from peftkern.nn.lora_linear import LoRASettings
+from peftkern.nn._low_rank_linear import LoRASettings
 
 # Parity with HF PEFT
 

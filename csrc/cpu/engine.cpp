@@ -254,6 +254,15 @@ void gated_activation(const char* op, const GatedActivation& pass, int64_t eleme
     count_tiles(kernels, 1);
 }
 
+void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
+    const GemmKernels& kernels = level_in_use(op);
+    const int64_t elements = (rows + pass.offsets[rows]) * pass.columns;
+    const int64_t grain = std::max<int64_t>(1, kGrainElements * rows / std::max<int64_t>(1, elements));
+    torch::stable::parallel_for(0, rows, grain,
+                                [&](int64_t begin, int64_t end) { kernels.sum_rows(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;

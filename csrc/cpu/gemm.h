@@ -47,7 +47,8 @@ struct Contraction {
     bool weight_transposed;  // stored [n, depth] (as nn.Linear does), else [depth, n]
     Dropout weight_dropout;  // only with a dense weight stored [depth, n]
     bool bf16_dot;  // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
-    Dropout result_dropout;  // applied to this term of the sum
+    Dropout result_dropout;  // applied to the tile after this term
+    Dropout term_dropout;    // applied to this term alone; not with bf16_dot
 };
 
 constexpr int kMaxContractions = 6;
@@ -113,6 +114,16 @@ struct GatedActivation {
     Activation activation;
 };
 
+// out[r] = the sum, in this order, of the rows[index[i]] with offsets[r] <= i < offsets[r + 1]; zeros where there is
+// none.
+struct SumRows {
+    Matrix rows;
+    const int64_t *offsets, *index;
+    void* out;  // [.., columns]
+    Dtype out_dtype;
+    int64_t columns;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -121,6 +132,7 @@ struct GemmKernels {
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
     void (*gated_activation)(const GatedActivation* pass, int64_t begin, int64_t end);
+    void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
 };
 
 extern "C" {

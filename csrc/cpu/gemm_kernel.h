@@ -190,6 +190,8 @@ void contract_masked(const Contraction& c, const Tile& tile, const Workspace& wo
         const int64_t rows = smaller(kMaskedRows, tile.m_end - begin), columns = tile.n_end - tile.n_begin;
         memset(part.accumulator, 0, static_cast<size_t>(rows * kAccumulatorStride) * sizeof(float));
         contract<Dot>(c, {begin, begin + rows, tile.n_begin, tile.n_end}, part);
+        for (int64_t m = 0; m < rows; ++m)
+            apply_dropout(c.term_dropout, begin + m, tile.n_begin, columns, part.accumulator + m * kAccumulatorStride);
         float* sum = workspace.accumulator + (begin - tile.m_begin) * kAccumulatorStride;
         for (int64_t m = 0; m < rows * kAccumulatorStride; m += kAccumulatorStride)
             for (int64_t n = m; n < m + columns; n += Simd::kLanes)
@@ -261,7 +263,7 @@ void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
             Decode::run(c, *tile, workspace);
         else if (c.bf16_dot)
             contract<MainDot>(c, *tile, workspace);
-        else if (c.result_dropout.threshold && i > 0)
+        else if (c.term_dropout.threshold)
             contract_masked<Fp32Dot>(c, *tile, workspace);
         else
             contract<Fp32Dot>(c, *tile, workspace);

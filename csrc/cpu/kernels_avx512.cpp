@@ -6,5 +6,8 @@
 #include "cpu/passes_kernel.h"
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx512 = {peftkern::run_tile<peftkern::Fp32Dot>,
-                                                               peftkern::Workspace::bytes, peftkern::split_dropout,
-                                                               peftkern::scale_columns, peftkern::gated_activation};
+                                                               peftkern::Workspace::bytes,
+                                                               peftkern::split_dropout,
+                                                               peftkern::scale_columns,
+                                                               peftkern::gated_activation,
+                                                               peftkern::sum_rows};

@@ -9,5 +9,9 @@
 #include "cpu/passes_kernel.h"
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx512bf16 = {
-    peftkern::run_tile<peftkern::Bf16Dot, peftkern::Decode>, peftkern::Workspace::bytes, peftkern::split_dropout,
-    peftkern::scale_columns, peftkern::gated_activation};
+    peftkern::run_tile<peftkern::Bf16Dot, peftkern::Decode>,
+    peftkern::Workspace::bytes,
+    peftkern::split_dropout,
+    peftkern::scale_columns,
+    peftkern::gated_activation,
+    peftkern::sum_rows};

@@ -76,13 +76,15 @@ void grad_a_into(const char* op, const Rows& grad_h, const Rows& x, const Dropou
 }
 
 // dB^T = (s h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
-Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s) {
+Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s, const float* row_scale) {
     Tensor grad_b = torch::stable::new_empty(lora_b, lora_b.sizes());
     const int64_t rank = lora_b.size(1);
     Gemm gemm = gemm_into(grad_b, rank, dy.columns);
     add(gemm, times(h.matrix, dy.matrix, dy.rows));
     gemm.contractions[0].x_transposed = true;
     gemm.contractions[0].x_scale = s;
+    gemm.scaled_count = 1;
+    gemm.column_scale = row_scale;
     gemm.out_transposed = true;
     gemm.out_stride = rank;
     run(op, gemm);

@@ -23,11 +23,13 @@ void down_projection_into(const char* op, const Rows& x, const Rows& a, const Dr
 Tensor adapted_product(const char* op, const Rows& x, const Rows& h, const Weight& base, const Adapter& adapter,
                        float s, const Tensor& wide_bias);
 
-// dh = s dy B in fp32, dA = dh^T dropout(x), dB = s dy^T h; gradients come in the adapters' dtypes.
+// dh = s dy B in fp32, dA = dh^T dropout(x), dB = s dy^T h, its rows scaled if asked to; gradients come in the
+// adapters' dtypes.
 Tensor grad_h_of(const char* op, const Rows& dy, const Adapter& adapter, float s);
 void grad_h_into(const char* op, const Rows& dy, const Adapter& adapter, float s, const Tensor& grad_h);
 Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tensor& lora_a, const Dropout& dropout);
 void grad_a_into(const char* op, const Rows& grad_h, const Rows& x, const Dropout& dropout, const Tensor& grad_a);
-Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s);
+Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s,
+                 const float* row_scale = nullptr);
 
 }  // namespace peftkern

@@ -143,7 +143,7 @@ void grad_x_into(const char* op, const std::vector<Rows>& dys, const Tensor& gra
     for (const LowRank& part : low_rank) {
         const Tensor columns = part_of(grad_h, 1, part.first_rank, part.a.rows);
         terms.push_back(times(rows_of(op, "grad_h", columns).matrix, part.a.matrix, part.a.rows));
-        terms.back().result_dropout = part.dropout;
+        (terms.size() == 1 ? terms[0].result_dropout : terms.back().term_dropout) = part.dropout;
     }
     for (size_t i = 0; i < projections.size(); ++i) terms.push_back(times(dys[i].matrix, projections[i].base));
     run_sum(op, terms, grad_x, dys[0].rows, projections[0].base.in_features);

@@ -128,6 +128,8 @@ struct Bf16Dot {
             for (int v = 0; v < V; ++v) {
                 const int64_t count = smaller(32, w.depth - k), rows = smaller(16, w.count - v * 16);
                 const uint8_t* block = element_at(matrix, w.begin + v * 16, w.depth_begin + k);
+                // 64 rows are more streams than the hardware prefetchers follow.
+                for (int i = 0; i < 16; ++i) __builtin_prefetch(block + i * 2 * matrix.stride + 128, 0, 2);
                 if (rows == 16 && count == 32) {
                     Simd::transpose_words(block, 2 * matrix.stride, words);
                 } else {
@@ -140,19 +142,29 @@ struct Bf16Dot {
             }
     }
 
+    // Rows lie pages apart, which the hardware prefetchers do not follow.
+    static constexpr int64_t kRowsAhead = 16;
+
     template <int V, class Emit>
     static void dense_rows(const Columns& w, Emit emit) {
-        for (int64_t k = 0; k < w.depth; k += 2)
+        const int64_t pitch = 2 * w.c.weight.stride;
+        for (int64_t k = 0; k < w.depth; k += 2) {
+            const uint8_t* row = element_at(w.c.weight, w.depth_begin + k, w.begin);
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < 32 * V; line += 64) {
+                __builtin_prefetch(row + kRowsAhead * pitch + line, 0, 2);
+                __builtin_prefetch(row + (kRowsAhead + 1) * pitch + line, 0, 2);
+            }
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
                 const auto valid = static_cast<__mmask16>((1u << smaller(16, w.count - v * 16)) - 1);
                 const __mmask16 pair = k + 1 < w.depth ? valid : 0;
-                const uint8_t* first = element_at(w.c.weight, w.depth_begin + k, w.begin + v * 16);
+                const uint8_t* first = row + 32 * v;
                 const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, first));
-                const __m512i high =
-                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pair, first + 2 * w.c.weight.stride));
+                const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pair, first + pitch));
                 emit(k / 2, v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
+        }
     }
 };
 

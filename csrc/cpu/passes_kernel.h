@@ -58,5 +58,33 @@ inline void scale_columns(const ScaleColumns* pass, int64_t column_begin, int64_
         for (int64_t c = 0; c < count; ++c) pass->grad_scale[column_begin + c] = sums[c];
 }
 
+// Sums stay in registers, V vectors of columns at a time.
+template <int V>
+void sum_columns(const SumRows* pass, int64_t row, int64_t column, int64_t count) {
+    constexpr int L = Simd::kLanes;
+    Simd::F sums[V];
+    for (int v = 0; v < V; ++v) sums[v] = Simd::zero();
+    for (int64_t i = pass->offsets[row]; i < pass->offsets[row + 1]; ++i) {
+        const uint8_t* from = element_at(pass->rows, pass->index[i], column);
+        const int64_t bytes = element_bytes(pass->rows.dtype);
+        for (int v = 0; v < V; ++v)
+            sums[v] = sums[v] + load_elements(from + v * L * bytes, pass->rows.dtype, count - v * L);
+    }
+    const int64_t bytes = element_bytes(pass->out_dtype);
+    uint8_t* to = static_cast<uint8_t*>(pass->out) + (row * pass->columns + column) * bytes;
+    for (int v = 0; v < V; ++v) store_elements(to + v * L * bytes, pass->out_dtype, count - v * L, sums[v]);
+}
+
+inline void sum_rows(const SumRows* pass, int64_t row_begin, int64_t row_end) {
+    constexpr int kWide = 8;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+        int64_t column = 0;
+        for (; column + kWide * Simd::kLanes <= pass->columns; column += kWide * Simd::kLanes)
+            sum_columns<kWide>(pass, row, column, kWide * Simd::kLanes);
+        for (; column < pass->columns; column += Simd::kLanes)
+            sum_columns<1>(pass, row, column, pass->columns - column);
+    }
+}
+
 }  // namespace
 }  // namespace peftkern

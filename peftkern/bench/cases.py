@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftkern.bench import contenders as c
+from peftkern.bench import prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -25,6 +26,11 @@ CASES = (
     "lora_qkv dense forward+backward",
     "lora_mlp nf4 forward+backward",
     "lora_mlp dense forward+backward",
+    "dora_linear nf4 forward+backward",
+    "dora_linear dense forward+backward",
+    "dora_linear nf4 norm",
+    "ia3_linear nf4 forward+backward",
+    "prompt_embedding forward+backward",
 )
 
 
@@ -41,6 +47,8 @@ def contenders(
         return _conversions(case, shape, rotated)
     if case.startswith(("lora_qkv", "lora_mlp")):
         return _blocks(case, shape, rows, rotated)
+    if case.startswith("prompt_embedding"):
+        return prompts.contenders(*shape, rotated)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -59,6 +67,8 @@ def contenders(
         if c.has("bitsandbytes"):
             runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
         return runs
+    if case.startswith(("dora_linear", "ia3_linear")):
+        return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
         runs = {"peftkern": rotate(lambda: c.lora(nf4(), dropout), step), "peftkern nf4_linear": rotate(nf4, step)}
@@ -71,6 +81,28 @@ def contenders(
             runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)
         return runs
     raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
+
+
+def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[..., Run]) -> dict[str, Run]:
+    """DoRA, whose factors change in every step so that its norms do, and (IA)^3 on the output."""
+    on_nf4 = "nf4" in case
+    base = partial(c.nf4_linear, *shape) if on_nf4 else partial(c.dense_linear, *shape, torch.bfloat16)
+    peer_base = partial(c.bnb_linear, *shape) if on_nf4 else base
+    peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
+    has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
+    if case == "dora_linear nf4 norm":
+        runs = {"peftkern": rotate(lambda: c.dora(base()), c.dora_norm)}
+        return runs | ({"dense": rotate(lambda: c.dora(base()), c.dense_dora_norm)} if on_nf4 else {})
+    if case.startswith("dora_linear"):
+        runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
+        runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
+        if has_peer:
+            runs[peer_name] = rotate(lambda: c.peft_lora(peer_base(), 0.0, use_dora=True), c.changing(step))
+        return runs
+    runs = {"peftkern": rotate(lambda: c.ia3(base()), step), "peftkern nf4_linear": rotate(base, step)}
+    if has_peer:
+        runs[peer_name] = rotate(lambda: c.peft_ia3(peer_base()), step)
+    return runs
 
 
 def _conversions(case: str, shape: tuple[int, int], rotated: int) -> dict[str, Run]:
@@ -89,7 +121,7 @@ def _conversions(case: str, shape: tuple[int, int], rotated: int) -> dict[str, R
 
 def has_rows(case: str) -> bool:
     """Whether a case is about activations, so that the number of rows matters."""
-    return case not in ("nf4_quantize", "nf4_dequantize")
+    return "linear" in case or case.startswith(("lora_qkv", "lora_mlp"))
 
 
 def _blocks(case: str, shape: tuple[int, int], rows: int, rotated: int) -> dict[str, Run]:
@@ -127,7 +159,13 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     """
     if case in ("nf4_quantize", "nf4_dequantize"):
         return out_features * in_features * (2 + 4.127 / 8), 0.0
+    if case.startswith("prompt_embedding"):
+        return prompts.work(in_features)
     element = 4 if case.endswith("fp32") else 2
+    if case.endswith("norm"):
+        return out_features * in_features * (
+            2 if "dense" in case else 4.127 / 8
+        ), 2.0 * c.RANK * out_features * in_features
     layers = [(out_features, in_features)]
     if case.startswith("lora_qkv"):
         layers = [(out, in_features) for out in c.Qkv.sizes(out_features)]
@@ -137,6 +175,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     activations = rows * (in_features + sum(out for out, _ in layers)) * element
     passes = 2 if "backward" in case else 1
     ends = sum(out + columns for out, columns in layers)
-    lora = 6 * 2 * rows * c.RANK * ends / 2 if case.startswith("lora") else 0.0
+    lora = 6 * 2 * rows * c.RANK * ends / 2 if case.startswith(("lora", "dora")) else 0.0
+    if case.startswith("dora"):
+        lora += 2.0 * c.RANK * out_features * in_features
     moved = passes * (weight * (2 if "dense" in case else 4.127 / 8) + activations)
     return moved, passes * 2.0 * rows * weight + lora

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from peftkern.bench.measure import ROTATED_BYTES, Run, copies
 from peftkern.integrations.bitsandbytes import bnb_state_dict
-from peftkern.nn import LoRAAttention, LoRALinear, LoRAMLP, NF4Linear
+from peftkern.nn import DoRALinear, IA3Linear, LoRAAttention, LoRALinear, LoRAMLP, NF4Linear
+from peftkern.ops._linear import dense_weight
+from peftkern.ops.dora_linear import dora_norm as ops_dora_norm
 
 RANK = 16
 
@@ -72,11 +74,11 @@ class _Holder(nn.Module):
         self.layer = layer
 
 
-def peft_lora(layer: nn.Module, dropout: float) -> nn.Module:
-    """HF PEFT's LoRA of rank 16 with fp32 adapters around a layer."""
+def peft_lora(layer: nn.Module, dropout: float, use_dora: bool = False) -> nn.Module:
+    """HF PEFT's LoRA or DoRA of rank 16 with fp32 adapters around a layer."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=["layer"])
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=["layer"], use_dora=use_dora)
     model: Any = get_peft_model(_Holder(layer), config)  # type: ignore[arg-type]
     wrapped = model.base_model.model.layer
     for name, parameter in wrapped.named_parameters():
@@ -128,6 +130,57 @@ class Mlp(nn.Module):
     def fused(self) -> nn.Module:
         """In one op."""
         return LoRAMLP.from_block(self)
+
+
+def peft_ia3(layer: nn.Module) -> nn.Module:
+    """HF PEFT's (IA)^3 on the output of a layer."""
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(target_modules=["layer"], feedforward_modules=[])
+    model: Any = get_peft_model(_Holder(layer), config)  # type: ignore[arg-type]
+    return model.base_model.model.layer.train()
+
+
+def dora(layer: nn.Linear) -> DoRALinear:
+    """Our DoRA of the same shape as `lora`."""
+    wrapped = DoRALinear(layer, rank=RANK, alpha=2 * RANK)
+    nn.init.normal_(wrapped.factors("default")[1], std=0.01)
+    return wrapped.train()
+
+
+def ia3(layer: nn.Linear) -> IA3Linear:
+    """Our (IA)^3 on the output."""
+    return IA3Linear(layer).train()
+
+
+def dora_norm(layer: DoRALinear) -> Tensor:
+    """The norms of a DoRA layer, from the stored weight."""
+    with torch.no_grad():
+        square_norm = layer._base_square_norm()
+        factors = layer.factors("default")
+        return ops_dora_norm(layer.base_weight, *factors, layer.scaling["default"], square_norm, torch.bfloat16)
+
+
+def dense_dora_norm(layer: DoRALinear) -> Tensor:
+    """The same as HF PEFT takes it: of a dense W + s B A in bf16, with B A by way of the identity."""
+    with torch.no_grad():
+        a, b = layer.factors("default")
+        change = F.linear(F.linear(torch.eye(layer.in_features), a), b).T
+        weight = dense_weight(layer.base_weight, torch.bfloat16)
+        return torch.linalg.norm(weight + layer.scaling["default"] * change.bfloat16(), dim=1)
+
+
+def changing(step: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """A step before which the layer's factors change, as an optimizer changes them."""
+
+    def call(layer: nn.Module) -> None:
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.mul_(1.0)
+        step(layer)
+
+    return call
 
 
 def _bytes(layer: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `peftkern finetune | bench | info`, also `python -m peftkern`."""
+"""The command line: `peftkern finetune | compare | bench | info`, also `python -m peftkern`."""
 
 import argparse
 import shlex
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftkern
-from peftkern.cli import bench, finetune, info
+from peftkern.cli import bench, compare, finetune, info
 from peftkern.cli.errors import Diverged, Interrupted, UsageError
 
 
@@ -23,6 +23,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"peftkern {peftkern.__version__}")
     subparsers = parser.add_subparsers(metavar="command", required=True)
     finetune.add_parser(subparsers)
+    compare.add_parser(subparsers)
     bench.add_parser(subparsers)
     info.add_parser(subparsers)
     return parser

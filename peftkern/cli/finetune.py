@@ -1,15 +1,10 @@
-"""`peftkern finetune`: LoRA or QLoRA of a causal LM on a text file, measured on held-out text."""
+"""`peftkern finetune`: any method, of a causal LM on a text file, measured on held-out text."""
 
 import argparse
 import json
-import math
-import os
 import resource
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,38 +13,16 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.cli import data, info, loading, peers, report
+from peftkern.cli import arguments, data, info, loading, output, peers, presets, report
 from peftkern.cli.errors import UsageError
+from peftkern.cli.tasks import DTYPES
 from peftkern.cli.training import Settings, bits_per_byte, load_checkpoint, train
-from peftkern.model import add_lora, quantize, save_adapter
+from peftkern.methods import METHODS
+from peftkern.tuning import save, tune
 
 EMBEDDED_MODEL = Path(peftkern.__file__).parent / "data" / "base_model"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# The embedded model has 4.5 M parameters and takes steps that would wreck a real one.
-EMBEDDED_LEARNING_RATE, LEARNING_RATE = 4e-3, 2e-4
 FINAL_STEPS = 10
 CHECKPOINT, PEER_CHECKPOINT = "checkpoint.pt", "checkpoint-peer.pt"
-
-
-def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: parsed by `kind`, and refused with `wanted` unless `accepts` it."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-_count = _number(int, lambda n: n >= 1, "a whole number from 1")
-_seed = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-_positive = _number(float, lambda x: 0 < x < math.inf, "a positive number")
-_probability = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -61,22 +34,24 @@ def add_parser(subparsers: Any) -> None:
         "the same command goes on where it stopped.",
     )
     shown = "(default %(default)s)"
-    rates = f"{LEARNING_RATE:g}, or {EMBEDDED_LEARNING_RATE:g} for the embedded model"
+    embedded, real = presets.LEARNING_RATES["lora"]
+    rates = f"by method, for LoRA {real:g}, or {embedded:g} for the embedded model"
+    rank, alpha, dropout = presets.SIZES.values()
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face model folder (default: the embedded model)")
     add("--data", type=Path, metavar="FILE", help='.txt, or .jsonl with "text" (default: the Python help texts)')
     add("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help=f"adapter and metrics {shown}")
-    add("--method", choices=("lora", "qlora"), default="qlora", help=f"on dense weights, or on NF4 {shown}")
-    add("--steps", type=_count, default=120, help=f"optimizer steps {shown}")
-    add("--batch-size", type=_count, default=8, help=f"sequences per step {shown}")
-    add("--sequence-length", type=_count, default=256, help=f"tokens per sequence {shown}")
-    add("--learning-rate", type=_positive, help=f"peak, after warm-up; then a cosine (default {rates})")
-    add("--rank", type=_count, default=16, help=f"rank of the adapters {shown}")
-    add("--alpha", type=_positive, default=32.0, help=f"the adapters are scaled by alpha / rank {shown}")
-    add("--dropout", type=_probability, default=0.0, help=f"dropout before the adapters {shown}")
+    add("--method", choices=tuple(METHODS), default="qlora", help=f"what is trained {shown}")
+    add("--steps", type=arguments.count, default=120, help=f"optimizer steps {shown}")
+    add("--batch-size", type=arguments.count, default=8, help=f"sequences per step {shown}")
+    add("--sequence-length", type=arguments.count, default=256, help=f"tokens per sequence {shown}")
+    add("--learning-rate", type=arguments.positive, help=f"peak, after warm-up; then a cosine (default {rates})")
+    add("--rank", type=arguments.count, help=f"rank of the adapters, for methods that have one (default {rank})")
+    add("--alpha", type=arguments.positive, help=f"low-rank adapters are scaled by alpha / rank (default {alpha:g})")
+    add("--dropout", type=arguments.probability, help=f"dropout before the adapters (default {dropout:g})")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help=f"weights and activations; adapters are fp32 {shown}")
-    add("--seed", type=_seed, default=0, help=f"of the first adapter, the data order and dropout {shown}")
-    add("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    add("--seed", type=arguments.seed, default=0, help=f"of the first adapter, the data order and dropout {shown}")
+    add("--threads", type=arguments.count, help="CPU threads (default: torch's choice)")
     add("--compare", action="store_true", help="run the same steps through HF PEFT + bitsandbytes too")
     add("--restart", action="store_true", help="discard an unfinished run in the output folder")
     parser.set_defaults(run=run)
@@ -100,7 +75,7 @@ class _Task:
         return bits_per_byte(model, self.tokens, self.text.held_out_bytes, self.settings)
 
     def save_adapter(self, model: nn.Module, folder: Path) -> None:
-        save_adapter(model, folder, base_model_name_or_path=str(self.folder.resolve()))
+        save(model, folder, base_model_name_or_path=str(self.folder.resolve()))
 
     def train(self, name: str, model: nn.Module, checkpoint: str, resume: dict | None) -> dict[str, Any]:
         """Trains and gives a run's figures: speed without evaluation, losses, bits per byte after."""
@@ -116,7 +91,6 @@ class _Task:
 
 
 def _settings(args: argparse.Namespace, text: data.Split) -> Settings:
-    default_rate = EMBEDDED_LEARNING_RATE if args.model is None else LEARNING_RATE
     return Settings(
         method=args.method,
         model="embedded" if args.model is None else str(args.model.resolve()),
@@ -124,12 +98,10 @@ def _settings(args: argparse.Namespace, text: data.Split) -> Settings:
         steps=args.steps,
         batch_size=args.batch_size,
         sequence_length=args.sequence_length,
-        learning_rate=args.learning_rate or default_rate,
-        rank=args.rank,
-        alpha=args.alpha,
-        dropout=args.dropout,
+        learning_rate=args.learning_rate or presets.learning_rate(args.method, args.model is None),
         dtype=args.dtype,
         seed=args.seed,
+        **presets.sizes(args),
     )
 
 
@@ -144,16 +116,14 @@ def _read_task(args: argparse.Namespace) -> _Task:
 
 
 def _load_adapted(task: _Task) -> nn.Module:
-    """The base model, quantised if QLoRA, with a fresh adapter that the seed decides."""
+    """The base model with a fresh adapter that the seed decides."""
     settings = task.settings
     model = loading.load_model(task.folder, task.dtype)
     loading.check_fits(model, task.tokens, settings.sequence_length)
     torch.manual_seed(settings.seed)
     try:
-        if settings.method == "qlora":
-            model = quantize(model)
-        return add_lora(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
-    except ValueError as error:
+        return tune(model, settings.method, **settings.options)
+    except (TypeError, ValueError) as error:
         raise UsageError(f"--model: {task.folder}: {loading.first_line(error)}") from error
 
 
@@ -163,35 +133,16 @@ def _train_peer(task: _Task, first_adapter: Path, resume: dict | None) -> dict[s
     return {"name": name, **task.train(name, model, PEER_CHECKPOINT, resume)}
 
 
-def _prepare_output(output: Path) -> None:
-    """Raises OSError if no file can be written there."""
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output):
-        pass
-
-
 def _peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@contextmanager
-def _all_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder whose files move to `output` when all are written, and vanish otherwise."""
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            os.replace(file, output / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_results(task: _Task, model: nn.Module, metrics: dict[str, Any]) -> None:
     """Adapter, metrics and loss curve in place of the checkpoints."""
     peer = metrics["peer"]
     curve = report.loss_curve({"peftkern": metrics["losses"]} | ({peer["name"]: peer["losses"]} if peer else {}))
-    with _all_or_nothing(task.output) as staging:
+    with output.all_or_nothing(task.output) as staging:
         task.save_adapter(model, staging)
         (staging / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
         if curve is None:
@@ -220,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         for name in (CHECKPOINT, PEER_CHECKPOINT)
     )
     model = _load_adapted(task)
-    _prepare_output(task.output)
+    output.prepare(task.output)
 
     with tempfile.TemporaryDirectory() as first_adapter:
         if args.compare:

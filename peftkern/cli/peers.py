@@ -16,6 +16,8 @@ NAMES = {"qlora": "HF PEFT + bitsandbytes", "lora": "HF PEFT"}
 
 def check_installed(method: str) -> None:
     """Raises UsageError naming what `--compare` lacks."""
+    if method not in _NEEDED:
+        raise UsageError(f"--compare: the peers have {' and '.join(_NEEDED)}, got {method}")
     missing = [package for package in _NEEDED[method] if find_spec(package) is None]
     if missing:
         raise UsageError(f"--compare needs {', '.join(missing)}: pip install 'peftkern[hf,bench]'")

@@ -13,27 +13,27 @@ PLAIN_LINES = 20
 CURVE_SMOOTHING = 0.9
 
 
-def _status(loss: float, tokens_per_second: float) -> str:
-    return f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+def _status(loss: float, per_second: float, unit: str) -> str:
+    return f"loss {loss:.4f}  {per_second:,.0f} {unit}/s"
 
 
 class _Lines:
     """A line of text every few steps, for logs."""
 
-    def __init__(self, label: str, steps: int) -> None:
-        self.label, self.steps = label, steps
+    def __init__(self, label: str, steps: int, unit: str) -> None:
+        self.label, self.steps, self.unit = label, steps, unit
         self.every = max(1, steps // PLAIN_LINES)
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         if step % self.every == 0 or step == self.steps:
-            print(f"{self.label}: step {step}/{self.steps}  {_status(loss, tokens_per_second)}", flush=True)
+            print(f"{self.label}: step {step}/{self.steps}  {_status(loss, tokens_per_second, self.unit)}", flush=True)
 
 
 @contextmanager
-def progress(label: str, steps: int) -> Iterator[Display]:
+def progress(label: str, steps: int, unit: str = "tokens") -> Iterator[Display]:
     """A progress bar on a terminal, lines otherwise."""
     if not (sys.stdout.isatty() and find_spec("rich")):
-        yield _Lines(label, steps)
+        yield _Lines(label, steps, unit)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -49,7 +49,7 @@ def progress(label: str, steps: int) -> Iterator[Display]:
 
         class _Bar:
             def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-                bar.update(task, completed=step, status=_status(loss, tokens_per_second))
+                bar.update(task, completed=step, status=_status(loss, tokens_per_second, unit))
 
         yield _Bar()
 

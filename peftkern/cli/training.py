@@ -31,7 +31,11 @@ CHECKPOINT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the losses; a checkpoint of other settings is not resumed."""
+    """Everything that decides the losses; a checkpoint of other settings is not resumed.
+
+    Attributes:
+        rank, alpha, dropout: None for a method without.
+    """
 
     method: str
     model: str
@@ -40,11 +44,17 @@ class Settings:
     batch_size: int
     sequence_length: int
     learning_rate: float
-    rank: int
-    alpha: float
-    dropout: float
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
     dtype: str
     seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own."""
+        own = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def tokens_per_step(self) -> int:
@@ -77,7 +87,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    logits = model(input_ids=inputs, use_cache=False).logits
+    # A prompt has logits too, before the text's.
+    logits = model(input_ids=inputs, use_cache=False).logits[:, -inputs.shape[1] :]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
@@ -98,14 +109,14 @@ def bits_per_byte(model: nn.Module, tokens: Tokens, text_bytes: int, settings: S
 
 
 def train(
-    model: nn.Module, tokens: Tensor, settings: Settings, checkpoint: Path, resume: dict | None, display: Display
+    model: nn.Module, tokens: Tensor, settings: Settings, checkpoint: Path | None, resume: dict | None, display: Display
 ) -> Run:
     """Trains the parameters that require grad, in place, and leaves a checkpoint of the end.
 
     Args:
         model: a causal LM in the way of transformers.
         tokens: the training text, 1-D int64.
-        checkpoint: the file to write, at the end, on Ctrl-C and every few minutes.
+        checkpoint: the file to write, at the end, on Ctrl-C and every few minutes; None for none.
         resume: what `load_checkpoint` gave; None starts from the model as it is.
 
     Raises:
@@ -137,12 +148,14 @@ def train(
             if not math.isfinite(run.losses[-1]):
                 raise Diverged(f"the loss is {run.losses[-1]} at step {step + 1}; lower --learning-rate")
             display.update(step + 1, run.losses[-1], run.tokens_per_second(settings))
-            if interrupted.is_set() or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if checkpoint and (interrupted.is_set() or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
                 _save_checkpoint(checkpoint, settings, parameters, optimizer, run)
                 saved_at = time.monotonic()
             if interrupted.is_set():
-                raise Interrupted(f"interrupted after step {step + 1} of {settings.steps}, saved in {checkpoint}")
-        _save_checkpoint(checkpoint, settings, parameters, optimizer, run)
+                saved = f", saved in {checkpoint}" if checkpoint else ""
+                raise Interrupted(f"interrupted after step {step + 1} of {settings.steps}{saved}")
+        if checkpoint:
+            _save_checkpoint(checkpoint, settings, parameters, optimizer, run)
     return run
 
 

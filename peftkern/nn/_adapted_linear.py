@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,16 @@ class AdaptedLinear(AdapterModule):
         if self._enabled and self._merged is not None:
             return self._merged.layer
         return None if self._enabled and self._active is not None else self.base_layer
+
+    @property
+    def method_name(self) -> str:
+        """With a Q before what has a rank on an NF4 base: "QLoRA r=8"."""
+        own = super().method_name
+        return f"Q{own}" if isinstance(self.base_layer, NF4Linear) and " r=" in own else own
+
+    def stored_tensors(self) -> Iterable[Tensor]:
+        """The merged layer's."""
+        return () if self._merged is None else self._merged.layer.state_dict(keep_vars=True).values()
 
     @property
     def weight(self) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_name(op: str, name: Any) -> None:
@@ -39,6 +39,21 @@ class AdapterModule(nn.Module):
     @property
     def enabled(self) -> bool:
         return self._enabled
+
+    @property
+    def op(self) -> str:
+        """The op that computes with an adapter; the module's file has its name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def method_name(self) -> str:
+        """What `report` calls it, as "LoRA r=8"."""
+        rank = getattr(self.settings.get(self._active or ""), "rank", None)
+        return type(self).__name__.removesuffix("Linear") + ("" if rank is None else f" r={rank}")
+
+    def stored_tensors(self) -> Iterable[Tensor]:
+        """Those that it holds beside its parameters and buffers."""
+        return ()
 
     def adapter_parameters(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """What an adapter trains."""

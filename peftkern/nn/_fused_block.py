@@ -36,6 +36,8 @@ class FusedBlock(nn.Module):
         """The projections that run in `op` now; empty if the block's own forward runs each."""
         layers = [getattr(self, name) for name in self.projections]
         base = layers[0].base_layer if isinstance(layers[0], LoRALinear) else layers[0]
+        if not isinstance(base, nn.Linear):
+            return []
         return [] if fusable(layers, torch.empty(0, dtype=weight_dtype(base))) is None else layers
 
     def undo(self) -> nn.Module:

@@ -83,7 +83,7 @@ def _dense_layer(base: nn.Linear, weight: Tensor, bias: nn.Parameter | None) -> 
     """`base` with another weight, dense."""
     layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = bias
+    layer.register_parameter("bias", bias)
     return layer
 
 
@@ -100,5 +100,5 @@ def _nf4_layer(base: NF4Linear, weight: Tensor, bias: nn.Parameter | None) -> NF
         compute_dtype=base.compute_dtype,
     ).to_empty(device=base.weight.device)
     layer.load_state_dict({"weight": weight})
-    layer.bias = bias
+    layer.register_parameter("bias", bias)
     return layer

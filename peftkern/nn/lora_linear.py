@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn._adapted_linear import AdaptedLinear
-from peftkern.nn._adapters import check_name
-from peftkern.ops._linear import FLOATING
+from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear
 from peftkern.ops.lora_linear import lora_linear
 
 
-@dataclass(frozen=True)
-class LoRASettings:
-    """One adapter's hyper-parameters.
-
-    Attributes:
-        rank: columns of B and rows of A, positive.
-        alpha: the low-rank product is scaled by alpha / rank.
-        dropout: probability of dropping an element of x on the low-rank path in training.
-        use_rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
-
-    Raises:
-        TypeError, ValueError: a value that cannot be.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int:
-            raise TypeError(f"LoRA: rank must be an int, got {self.rank!r}")
-        if self.rank < 1:
-            raise ValueError(f"LoRA: rank must be positive, got {self.rank}")
-        for name in ("alpha", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"LoRA: {name} must be a number, got {value!r}")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"LoRA: alpha must be finite, got {self.alpha}")
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"LoRA: dropout must be from 0 to 1, got {self.dropout}")
-        if type(self.use_rslora) is not bool:
-            raise TypeError(f"LoRA: use_rslora must be a bool, got {self.use_rslora!r}")
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-def check_adapter(op: str, name: Any, dtype: Any) -> None:
-    """Raises ValueError or TypeError unless an adapter can have this name and dtype."""
-    check_name(op, name)
-    if dtype not in FLOATING:
-        raise TypeError(f"{op}: dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
-
-
-class LoRALinear(AdaptedLinear):
+class LoRALinear(LowRankLinear):
     """`y = x W^T + bias + scaling * (dropout(x) A^T) B^T` with W and bias frozen (LoRA, arXiv 2106.09685, equation 3).
 
     State-dict names are HF PEFT's: `base_layer.*`, `lora_A.<name>.weight` [rank, in] and `lora_B.<name>.weight`
@@ -104,17 +53,8 @@ class LoRALinear(AdaptedLinear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.scaling: dict[str, float | Tensor] = {}
         self.add_adapter(adapter_name, rank, alpha, dropout, use_rslora, dtype)
         self._take_over(adapter_name)
-
-    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """(A [rank, in], B [out, rank]) of an adapter."""
-        self._check_exists("factors", adapter_name)
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
     def add_adapter(
         self,
@@ -130,29 +70,8 @@ class LoRALinear(AdaptedLinear):
         Raises:
             TypeError, ValueError: a setting, name or dtype that cannot be, or a name that is taken.
         """
-        check_adapter(type(self).__name__, adapter_name, dtype)
-        settings = LoRASettings(rank, alpha, dropout, use_rslora)
-        self._check_new(adapter_name)
-        options: dict[str, Any] = {"dtype": dtype, "device": self.base_layer.weight.device}
-        a, b = torch.empty(rank, self.in_features, **options), torch.empty(self.out_features, rank, **options)
-        # Not nn.Linear: what replaces or re-initialises every nn.Linear of a model must pass these by.
-        self.lora_A[adapter_name] = nn.ParameterDict({"weight": nn.Parameter(a, requires_grad=False)})
-        self.lora_B[adapter_name] = nn.ParameterDict({"weight": nn.Parameter(b, requires_grad=False)})
-        self.settings[adapter_name] = settings
-        self.scaling[adapter_name] = settings.scaling
+        self._add(adapter_name, LoRASettings(rank, alpha, dropout, use_rslora), dtype)
         self._reset(adapter_name)
-
-    def reset_parameters(self) -> None:
-        """Draws every adapter anew; the base layer stays."""
-        for name in self.settings:
-            self._reset(name)
-
-    def adapter_parameters(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
-        """(A, B)."""
-        return self.factors(adapter_name)
-
-    def _tables(self) -> tuple[Any, ...]:
-        return (self.lora_A, self.lora_B, self.settings, self.scaling)
 
     def _adapted(self, x: Tensor) -> Tensor:
         name = cast(str, self._active)
@@ -162,20 +81,4 @@ class LoRALinear(AdaptedLinear):
 
     def _merged_parts(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, nn.Parameter | None]:
         """W + scaling B A."""
-        a, b = (factor.to(weight.dtype) for factor in self.factors(adapter_name))
-        return weight.add_((b @ a).mul_(self.scaling[adapter_name])), self.base_layer.bias
-
-    def extra_repr(self) -> str:
-        adapters = ", ".join(
-            f"{name}: rank={s.rank}, scaling={float(self.scaling[name]):g}, dropout={s.dropout:g}"
-            for name, s in self.settings.items()
-        )
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, adapters=({adapters}), "
-            f"active={self._active}{self._state_words()}"
-        )
-
-    def _reset(self, adapter_name: str) -> None:
-        a, b = self.factors(adapter_name)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        nn.init.zeros_(b)
+        return weight.add_(self._delta(adapter_name, weight.dtype)), self.base_layer.bias

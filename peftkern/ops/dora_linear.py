@@ -1,0 +1,311 @@
+"""dora_linear: a linear layer whose weight is a magnitude and a direction (DoRA, arXiv 2402.09353, equation 5).
+
+Formula, with x flattened to rows, d(x) = dropout(x), V = W + s B A, n_j = ||V_j||, the norm of row j, and g = m / n:
+    h = d(x) A^T        z = x W^T + s h B^T        y = g * z + bias
+    dh = s dy (g B)    dA = dh^T d(x)    dB = g * (s dy^T h)    dx = (g * dy) W + mask * (dh A)    dg = sum of dy * z
+Saved for backward: x, h and, if g needs a gradient, z. The norm is a constant in backward (section 4.3 of the paper)
+unless detach_norm=False, which adds dn = -dg * m / n^2 and its gradients.
+
+The norm is never taken of a dense V: n_j^2 = ||W_j||^2 + 2 s (W A^T)_j . B_j + s^2 B_j (A A^T) B_j^T, and ||W_j||^2 is
+known.
+
+Where the base is dropped as well (dropout_mode="peft", what HF PEFT computes), e = x - d(x) and
+    z = d(x) W^T + s h B^T    y = g * z + e W^T + bias    dx = mask * (dh A + (g - 1) * dy W) + dy W
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern import backends
+from peftkern._native import ops
+from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
+from peftkern.ops._linear import (
+    Weight,
+    accumulate_dtype,
+    autocast,
+    check_tensor,
+    dense_weight,
+    native_weight,
+    raise_double_backward,
+)
+from peftkern.ops.lora_linear import check_lora
+
+DropoutMode = Literal["peft", "lora_only"]
+DROPOUT_MODES = ("peft", "lora_only")
+
+
+def dora_linear_reference(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dropout_mode: DropoutMode = "peft",
+    detach_norm: bool = True,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """`dora_linear` in plain torch, differentiable: fp32 (float64 for float64 x), rounded once. No seed: no dropout."""
+    compute = accumulate_dtype(x)
+    wide, base = x.to(compute), dense_weight(weight, compute)
+    a, b = lora_a.to(compute), lora_b.to(compute)
+    kept = wide
+    if seed is not None and dropout_p > 0:
+        mask = keep_mask(seed.to(x.device), math.prod(x.shape[:-1]), x.shape[-1], dropout_p).view(x.shape)
+        kept = torch.where(mask, wide * keep_scale(dropout_p), 0)
+    if norm is None:
+        norm = torch.linalg.vector_norm(base + scaling * (b @ a), dim=1)
+    g = magnitude.to(compute) / (norm.detach() if detach_norm else norm)
+    through = kept if dropout_mode == "peft" else wide
+    z = F.linear(through, base) + scaling * F.linear(F.linear(kept, a), b)
+    y = g * z + F.linear(wide - through, base)
+    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+
+
+def weight_square_norm(weight: Weight) -> Tensor:
+    """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight); without a dense NF4 weight on the CPU."""
+    if weight.device.type == "cpu" and weight.dtype in backends.CPU_DTYPES:
+        return ops.dora_linear_square_norm(*native_weight(weight), *weight.shape)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return dense_weight(weight, wide).detach().square().sum(1)
+
+
+def dora_norm(
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    square_norm: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """||W_j + s B_j A|| of every row, fp32 [out]: what DoRA divides the magnitude by (arXiv 2402.09353, section 4).
+
+    Differentiable in lora_a, lora_b and scaling.
+
+    Args:
+        weight: dense [out, in] or an NF4Weight.
+        lora_a: [rank, in], lora_b: [out, rank].
+        scaling: a number or a 0-d tensor.
+        square_norm: `weight_square_norm(weight)`, if it is at hand: it never changes.
+        dtype: of the activations. With bf16 the products A W^T are bf16 dot products where the CPU has them; rows whose
+            norm is much smaller than W's are computed directly.
+        backend: "reference" or "cpu"; by default the fastest that runs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
+    """
+    probe = lora_a.new_empty((0, weight.shape[1]), dtype=dtype if dtype != torch.float64 else lora_a.dtype)
+    check_lora("dora_norm", probe, weight, lora_a, lora_b, scaling, None, 0.0)
+    if backends.choose("dora_norm", probe, backend).implementation == "reference":
+        compute = accumulate_dtype(probe)
+        change = scaling * (lora_b.to(compute) @ lora_a.to(compute))
+        return torch.linalg.vector_norm(dense_weight(weight, compute) + change, dim=1)
+    if square_norm is None:
+        square_norm = weight_square_norm(weight)
+    check_tensor("dora_norm", "square_norm", square_norm, (torch.float32,), lora_a.device)
+    if isinstance(scaling, Tensor):
+        lora_b, scaling = lora_b.float() * scaling, 1.0
+    native = native_weight(weight)
+    return ops.dora_linear_norm(*native, lora_a, lora_b, scaling, square_norm, dtype == torch.bfloat16)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    norm: Tensor | None = None,
+    dropout_mode: DropoutMode = "peft",
+    detach_norm: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`m / ||W + s B A|| * (x (W + s B A)^T) + bias` in one pass (DoRA, arXiv 2402.09353, equation 5).
+
+    Args:
+        x: [..., in], any leading shape and strides. fp32, bf16, fp16 on the kernels; float64 on the reference.
+        weight: dense [out, in] in any of these dtypes, or an NF4Weight (QDoRA).
+        lora_a: [rank, in], lora_b: [out, rank]: x's dtype or fp32, any rank.
+        magnitude: m [out], x's dtype or fp32; ||W_j|| makes a new adapter the identity.
+        scaling: a number or a 0-d tensor, read at every call.
+        bias: [out], optional; it is not scaled.
+        dropout_p: probability of dropping an element of x, used if `training`.
+        norm: ||W_j + s B_j A|| [out] of these very factors, from `dora_norm`; computed if None. Keep it as long as
+            neither A nor B has changed.
+        dropout_mode: "peft" drops the input of the base product that is scaled as well, which is HF PEFT's formula and
+            takes two base products; "lora_only" drops the low-rank path alone, in one.
+        detach_norm: treat the norm as a constant in backward (section 4.3 of the paper; what HF PEFT does).
+        backend: "reference" or "cpu"; by default the fastest that runs.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, magnitude, scaling and bias, not in the weight.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
+    """
+    op = "dora_linear"
+    out_features, _ = check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+    vectors = {"magnitude": magnitude} if norm is None else {"magnitude": magnitude, "norm": norm}
+    for name, tensor in vectors.items():
+        check_tensor(op, name, tensor, tuple(dict.fromkeys((torch.float32, x.dtype))), x.device)
+        if tensor.dim() != 1 or tensor.shape[0] != out_features:
+            raise ValueError(f"{op}: {name} must have shape [{out_features}], got {list(tensor.shape)}")
+    if dropout_mode not in DROPOUT_MODES:
+        raise ValueError(f"{op}: dropout_mode must be one of {', '.join(DROPOUT_MODES)}, got {dropout_mode!r}")
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: weight must be frozen, got one that requires grad")
+    x, bias = autocast(x, bias)
+    seed = draw_seed() if training and dropout_p > 0 else None
+    if backends.choose(op, x, backend).implementation == "reference":
+        return dora_linear_reference(
+            x, weight, lora_a, lora_b, magnitude, scaling, bias, dropout_p, seed, dropout_mode, detach_norm, norm
+        )
+    if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
+        lora_b, scaling = lora_b.float() * scaling, 1.0
+    if norm is None:
+        a, b = (lora_a.detach(), lora_b.detach()) if detach_norm else (lora_a, lora_b)
+        norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend="cpu")
+    scale = magnitude.float() / (norm.detach() if detach_norm else norm)
+    need_z = torch.is_grad_enabled() and scale.requires_grad
+    y, _, _ = ops.dora_linear(
+        x,
+        *native_weight(weight),
+        out_features,
+        lora_a,
+        lora_b,
+        scale,
+        scaling,
+        bias,
+        dropout_p,
+        seed,
+        dropout_mode == "peft",
+        need_z,
+    )
+    return y
+
+
+@torch.library.register_fake("peftkern::dora_linear_square_norm")
+def _fake_square_norm(weight: Tensor, *arguments: Any) -> Tensor:
+    return weight.new_empty(arguments[5], dtype=torch.float32)
+
+
+@torch.library.register_fake("peftkern::dora_linear_norm")
+def _fake_norm(weight: Tensor, *arguments: Any) -> Tensor:
+    lora_b = arguments[6]
+    return lora_b.new_empty(lora_b.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("peftkern::dora_linear_norm_backward")
+def _fake_norm_backward(grad_norm: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    lora_a, lora_b = arguments[7:9]
+    return torch.empty_like(lora_a).contiguous(), torch.empty_like(lora_b).contiguous()
+
+
+def _setup_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *weight, block_size, lora_a, lora_b, scaling, _, _ = inputs
+    ctx.save_for_backward(output, *weight, lora_a, lora_b)
+    ctx.scalars = block_size, scaling
+
+
+def _norm_backward(ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
+    norm, *weight, lora_a, lora_b = ctx.saved_tensors
+    block_size, scaling = ctx.scalars
+    grads = ops.dora_linear_norm_backward(grad_norm, norm, *weight, block_size, lora_a, lora_b, scaling)
+    grad_a, grad_b = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[6:8]))
+    return *(None,) * 6, grad_a, grad_b, None, None, None
+
+
+@torch.library.register_fake("peftkern::dora_linear")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    out_features: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    drop_base: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], out_features))
+    h = x.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]), dtype=torch.float32)
+    return y, h, x.new_empty(y.shape if need_z else (0,))
+
+
+@torch.library.register_fake("peftkern::dora_linear_backward")
+def _fake_backward(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lora_a, lora_b = arguments[8:10]
+    need_x, need_a, need_b, need_scale = arguments[-4:]
+    empty = (0,)
+    return (
+        grad_y.new_empty(x.shape if need_x else empty),
+        lora_a.new_empty(lora_a.shape if need_a else empty),
+        lora_b.new_empty(lora_b.shape if need_b else empty),
+        grad_y.new_empty((grad_y.shape[-1],) if need_scale else empty, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, *weight, block_size, _, lora_a, lora_b, scale, scaling, bias, dropout_p, seed, drop_base, need_z = inputs
+    ctx.save_for_backward(x, output[1], output[2], *weight, lora_a, lora_b, scale, seed)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.scalars = block_size, scaling, dropout_p, drop_base, need_z
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, h, z, *weight, lora_a, lora_b, scale, seed = ctx.saved_tensors
+    block_size, scaling, dropout_p, drop_base, need_z = ctx.scalars
+    needs = ctx.needs_input_grad
+    need_x, need_a, need_b, need_scale = needs[0], needs[8], needs[9], needs[10] and need_z
+    grad_x = grad_a = grad_b = grad_scale = grad_bias = None
+    if need_x or need_a or need_b or need_scale:
+        grad_x, grad_a, grad_b, grad_scale = ops.dora_linear_backward(
+            grad_y,
+            *(x, h, z),
+            *weight,
+            block_size,
+            *(lora_a, lora_b, scale),
+            *(scaling, dropout_p, seed, drop_base),
+            *(need_x, need_a, need_b, need_scale),
+        )
+    if needs[12]:
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return (
+        grad_x if need_x else None,
+        *(None,) * 7,
+        grad_a if need_a else None,
+        grad_b if need_b else None,
+        grad_scale if need_scale else None,
+        None,
+        grad_bias,
+        *(None,) * 4,
+    )
+
+
+torch.library.register_autograd("peftkern::dora_linear_norm", _norm_backward, setup_context=_setup_norm)
+torch.library.register_autograd("peftkern::dora_linear", _backward, setup_context=_setup_context)
+for _op in ("dora_linear_norm_backward", "dora_linear_backward"):
+    torch.library.register_autograd(f"peftkern::{_op}", raise_double_backward("dora_linear"))
