@@ -28,7 +28,7 @@ CASES = (
     "lora_mlp dense forward+backward",
     "dora_linear nf4 forward+backward",
     "dora_linear dense forward+backward",
-    "dora_linear nf4 norm",
+    "dora_norm nf4",
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
 )
@@ -67,7 +67,7 @@ def contenders(
         if c.has("bitsandbytes"):
             runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
         return runs
-    if case.startswith(("dora_linear", "ia3_linear")):
+    if case.startswith(("dora", "ia3")):
         return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
@@ -90,9 +90,9 @@ def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[
     peer_base = partial(c.bnb_linear, *shape) if on_nf4 else base
     peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
     has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
-    if case == "dora_linear nf4 norm":
-        runs = {"peftkern": rotate(lambda: c.dora(base()), c.dora_norm)}
-        return runs | ({"dense": rotate(lambda: c.dora(base()), c.dense_dora_norm)} if on_nf4 else {})
+    if case == "dora_norm nf4":
+        runs = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
+        return {name: rotate(lambda: c.dora(base()), call) for name, call in runs.items()}
     if case.startswith("dora_linear"):
         runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
         runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
@@ -162,21 +162,20 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     if case.startswith("prompt_embedding"):
         return prompts.work(in_features)
     element = 4 if case.endswith("fp32") else 2
-    if case.endswith("norm"):
-        return out_features * in_features * (
-            2 if "dense" in case else 4.127 / 8
-        ), 2.0 * c.RANK * out_features * in_features
     layers = [(out_features, in_features)]
     if case.startswith("lora_qkv"):
         layers = [(out, in_features) for out in c.Qkv.sizes(out_features)]
     elif case.startswith("lora_mlp"):
         layers = [(out_features, in_features)] * 2 + [(in_features, out_features)]
-    weight = sum(out * columns for out, columns in layers)
+    elements = sum(out * columns for out, columns in layers)
+    weight = elements * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + sum(out for out, _ in layers)) * element
+    if case.startswith("dora_norm"):
+        return weight, 2.0 * c.RANK * elements
     passes = 2 if "backward" in case else 1
-    ends = sum(out + columns for out, columns in layers)
-    lora = 6 * 2 * rows * c.RANK * ends / 2 if case.startswith(("lora", "dora")) else 0.0
+    lora = 0.0
+    if case.startswith(("lora", "dora")):
+        lora = 6 * 2 * rows * c.RANK * sum(out + columns for out, columns in layers) / 2
     if case.startswith("dora"):
-        lora += 2.0 * c.RANK * out_features * in_features
-    moved = passes * (weight * (2 if "dense" in case else 4.127 / 8) + activations)
-    return moved, passes * 2.0 * rows * weight + lora
+        lora += 2.0 * c.RANK * elements
+    return passes * (weight + activations), passes * 2.0 * rows * elements + lora
