@@ -24,6 +24,25 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
         "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
     m.def(
+        "lora_qkv(Tensor x, Tensor[] weights, Tensor[] scales, int[] scale_counts, int[] block_sizes, "
+        "SymInt[] out_features, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, Tensor[] biases, "
+        "float dropout_p, Tensor? seeds) -> (Tensor[] ys, Tensor h)");
+    m.def(
+        "lora_qkv_backward(Tensor[] grad_ys, Tensor x, Tensor h, Tensor[] weights, Tensor[] scales, "
+        "int[] scale_counts, int[] block_sizes, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, "
+        "float dropout_p, Tensor? seeds, bool need_x, bool need_a, bool need_b) "
+        "-> (Tensor grad_x, Tensor grad_a, Tensor[] grad_bs)");
+    m.def(
+        "lora_mlp(Tensor x, Tensor[] weights, Tensor[] scales, int[] scale_counts, int[] block_sizes, "
+        "SymInt[] out_features, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, Tensor[] biases, "
+        "str activation, float dropout_p, Tensor? seeds) -> (Tensor y, Tensor gate, Tensor up, Tensor h)");
+    m.def(
+        "lora_mlp_backward(Tensor grad_y, Tensor x, Tensor gate, Tensor up, Tensor h, Tensor[] weights, "
+        "Tensor[] scales, int[] scale_counts, int[] block_sizes, Tensor[] lora_as, Tensor[] lora_bs, "
+        "float[] scalings, str activation, float dropout_p, Tensor? seeds, bool need_x, bool need_a, bool need_b, "
+        "bool need_inner) -> (Tensor grad_x, Tensor grad_a, Tensor grad_down_a, Tensor[] grad_bs, Tensor product, "
+        "Tensor grad_gate, Tensor grad_up)");
+    m.def(
         "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
     m.def(

@@ -1,6 +1,7 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
 
 from peftkern import nn
+from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
@@ -9,6 +10,8 @@ from peftkern.ops.bottleneck_adapter import bottleneck_adapter
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_mlp import lora_mlp
+from peftkern.ops.lora_qkv import lora_qkv
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
@@ -39,10 +42,13 @@ __all__ = [
     "dora_linear",
     "enable_adapters",
     "explain",
+    "fuse_blocks",
     "ia3_linear",
     "load",
     "load_adapter",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "loraplus_groups",
     "merge",
     "nf4_dequantize",
@@ -56,5 +62,6 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "tune",
+    "unfuse_blocks",
     "unmerge",
 ]

@@ -74,8 +74,8 @@ void* workspace(size_t bytes) {
     return memory.get();
 }
 
-// Fewer rows of a tile than this pay too much for packing the weight. Much fewer would also take the kernel for few rows,
-// whose last bits differ, and the bits must not depend on the number of threads.
+// Fewer rows of a tile than this pay too much for packing the weight. Much fewer would also take the kernel for few
+// rows, whose last bits differ, and the bits must not depend on the number of threads.
 constexpr int64_t kLeastSharedRows = 32;
 
 int64_t rows_of_tiles(int64_t m, int64_t tiles) {
@@ -260,6 +260,13 @@ void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns) {
             kernels.scale_columns(&pass, i * kPassColumns, std::min((i + 1) * kPassColumns, columns));
     });
     count_tiles(kernels, blocks);
+}
+
+void gated_activation(const char* op, const GatedActivation& pass, int64_t elements) {
+    const GemmKernels& kernels = level_in_use(op);
+    torch::stable::parallel_for(0, elements, kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernels.gated_activation(&pass, begin, end); });
+    count_tiles(kernels, 1);
 }
 
 void sum_rows(const char* op, const SumRows& pass, int64_t rows) {

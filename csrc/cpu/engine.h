@@ -54,6 +54,7 @@ void run(const char* op, const Gemm& gemm);
 // Passes over activations, on torch's threads at the level in use.
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);
 void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
+void gated_activation(const char* op, const GatedActivation& pass, int64_t elements);
 void sum_rows(const char* op, const SumRows& pass, int64_t rows);
 void activate(const char* op, const Activate& pass, int64_t elements);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/activation_kernel.h"
+#include "cpu/gated_activation.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/passes_kernel.h"
 
@@ -10,7 +11,8 @@ namespace {
 
 template <class MainDot, class Decode = NoDecode>
 constexpr GemmKernels kernels() {
-    return {run_tile<MainDot, Decode>, Workspace::bytes, split_dropout, scale_columns, sum_rows, activate};
+    return {run_tile<MainDot, Decode>, Workspace::bytes, split_dropout, scale_columns,
+            gated_activation,          sum_rows,         activate};
 }
 
 }  // namespace
