@@ -1,4 +1,4 @@
-// The activations of a bottleneck and their slopes, for the instruction set whose Simd the including file chose.
+// Activations and their slopes, alone and as gates, for the instruction set whose Simd the including file chose.
 // Errors relative to the result stay below 1e-6: exp by Cephes' polynomial, tanh beside 0 as well; the normal
 // distribution's tail is a polynomial in 1 / (1 + 0.37 |z|) times exp(-z^2 / 2), fitted for the smallest relative
 // error.
@@ -69,9 +69,11 @@ struct Gelu {
 // z * sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3), which is z / 2 * (1 + tanh(u)).
 struct GeluTanh {
     static ValueAndSlope at(Simd::F z) {
-        const Simd::F square = z * z * 0.044715f;
-        const Simd::F s = sigmoid(z * (square + 1.0f) * 1.59576912f);
-        return {z * s, Simd::fmadd(z * s * (1.0f - s), (square * 3.0f + 1.0f) * 1.59576912f, s)};
+        // Beyond this the sigmoid is 0 or 1, and the cube may not be finite.
+        const Simd::F limit = Simd::set1(30.0f), c = z < -limit ? -limit : z > limit ? limit : z;
+        const Simd::F square = c * c * 0.044715f;
+        const Simd::F s = sigmoid(c * (square + 1.0f) * 1.59576912f);
+        return {z * s, Simd::fmadd(c * s * (1.0f - s), (square * 3.0f + 1.0f) * 1.59576912f, s)};
     }
 };
 
@@ -112,19 +114,50 @@ void activate_elements(const Activate& pass, int64_t begin, int64_t end) {
     }
 }
 
-inline void activate(const Activate* pass, int64_t begin, int64_t end) {
-    switch (pass->activation) {
-        case Activation::kRelu:
-            return activate_elements<Relu>(*pass, begin, end);
-        case Activation::kGelu:
-            return activate_elements<Gelu>(*pass, begin, end);
-        case Activation::kGeluTanh:
-            return activate_elements<GeluTanh>(*pass, begin, end);
-        case Activation::kSilu:
-            return activate_elements<Silu>(*pass, begin, end);
-        case Activation::kTanh:
-            return activate_elements<Tanh>(*pass, begin, end);
+template <class Function>
+void gate_elements(const GatedActivation& pass, int64_t begin, int64_t end) {
+    const int64_t bytes = element_bytes(pass.dtype);
+    const auto at = [&](const void* p, int64_t i) { return static_cast<const uint8_t*>(p) + i * bytes; };
+    for (int64_t i = begin; i < end; i += Simd::kLanes) {
+        const int64_t count = smaller(Simd::kLanes, end - i);
+        const auto load = [&](const void* p) { return load_elements(at(p, i), pass.dtype, count); };
+        const auto store = [&](void* p, Simd::F value) {
+            if (p) store_elements(static_cast<uint8_t*>(p) + i * bytes, pass.dtype, count, value);
+        };
+        const Simd::F up = load(pass.up);
+        const ValueAndSlope gate = Function::at(load(pass.gate));
+        if (pass.grad) {
+            const Simd::F grad = load(pass.grad);
+            store(pass.grad_gate, grad * up * gate.slope);
+            store(pass.grad_up, grad * gate.value);
+        }
+        store(pass.product, gate.value * up);
     }
+}
+
+// Calls use(Function) with the activation's struct.
+template <class Use>
+void with_activation(Activation activation, Use use) {
+    switch (activation) {
+        case Activation::kRelu:
+            return use(Relu());
+        case Activation::kGelu:
+            return use(Gelu());
+        case Activation::kGeluTanh:
+            return use(GeluTanh());
+        case Activation::kSilu:
+            return use(Silu());
+        case Activation::kTanh:
+            return use(Tanh());
+    }
+}
+
+inline void activate(const Activate* pass, int64_t begin, int64_t end) {
+    with_activation(pass->activation, [=](auto function) { activate_elements<decltype(function)>(*pass, begin, end); });
+}
+
+inline void gated_activation(const GatedActivation* pass, int64_t begin, int64_t end) {
+    with_activation(pass->activation, [=](auto function) { gate_elements<decltype(function)>(*pass, begin, end); });
 }
 
 }  // namespace

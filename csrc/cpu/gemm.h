@@ -103,7 +103,7 @@ struct ScaleColumns {
     int64_t rows;
 };
 
-enum class Activation { kSilu, kGelu, kGeluTanh };
+enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
 
 // product = act(gate) * up and, with grad, grad_gate = grad * up * act'(gate) and grad_up = grad * act(gate), over
 // dense elements of one dtype. Outputs may be null, and one of them may be grad.
@@ -123,8 +123,6 @@ struct SumRows {
     Dtype out_dtype;
     int64_t columns;
 };
-
-enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
 
 // value = scale * f(z) and grad = scale * grad * f'(z), in place, of dense elements; either may be null.
 struct Activate {

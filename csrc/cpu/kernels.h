@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/activation_kernel.h"
-#include "cpu/gated_activation.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/passes_kernel.h"
 
