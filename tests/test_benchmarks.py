@@ -29,6 +29,10 @@ PEERS = {
     "lora_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],
+    "dora_linear nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "dora_linear dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "dora_norm nf4": ["torch dense bfloat16"],
+    "ia3_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "prompt_embedding forward+backward": ["torch"],
 }
 

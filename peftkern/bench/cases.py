@@ -23,7 +23,7 @@ CASES = (
     "lora_linear dense forward+backward",
     "dora_linear nf4 forward+backward",
     "dora_linear dense forward+backward",
-    "dora_linear nf4 norm",
+    "dora_norm nf4",
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
 )
@@ -60,7 +60,7 @@ def contenders(
         if c.has("bitsandbytes"):
             runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
         return runs
-    if case.startswith(("dora_linear", "ia3_linear")):
+    if case.startswith(("dora", "ia3")):
         return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
@@ -83,9 +83,9 @@ def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[
     peer_base = partial(c.bnb_linear, *shape) if on_nf4 else base
     peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
     has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
-    if case == "dora_linear nf4 norm":
-        runs = {"peftkern": rotate(lambda: c.dora(base()), c.dora_norm)}
-        return runs | ({"dense": rotate(lambda: c.dora(base()), c.dense_dora_norm)} if on_nf4 else {})
+    if case == "dora_norm nf4":
+        runs = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
+        return {name: rotate(lambda: c.dora(base()), call) for name, call in runs.items()}
     if case.startswith("dora_linear"):
         runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
         runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
@@ -124,7 +124,7 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element
-    if case.endswith("norm"):
+    if case.startswith("dora_norm"):
         return weight, 2.0 * c.RANK * out_features * in_features
     passes = 2 if "backward" in case else 1
     lora = 0.0
