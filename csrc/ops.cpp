@@ -61,5 +61,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
         "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
         "-> (Tensor grad_weight, Tensor grad_prompt)");
+    m.def(
+        "bottleneck_adapter(Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
+        "str activation, float scaling, Tensor? residual) -> (Tensor y, Tensor z)");
+    m.def(
+        "bottleneck_adapter_backward(Tensor grad_y, Tensor x, Tensor z, Tensor down_weight, Tensor down_bias, "
+        "Tensor up_weight, Tensor up_bias, str activation, float scaling, bool adds_x, bool need_x, "
+        "bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias) -> (Tensor grad_x, "
+        "Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, Tensor grad_up_bias)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -5,6 +5,7 @@ from peftkern.explain import explain, report
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
+from peftkern.ops.bottleneck_adapter import bottleneck_adapter
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NF4Weight",
     "add_lora",
+    "bottleneck_adapter",
     "delete_adapter",
     "disable_adapters",
     "dora_linear",

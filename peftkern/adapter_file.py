@@ -152,11 +152,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An `adapter_config.json` of any method.
+    """An `adapter_config.json` of any method. Its "peft_type" is None if AdapterHub wrote it.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is not a JSON object with a "peft_type".
+        ValueError: it is not a JSON object with a "peft_type" or AdapterHub's "config".
     """
     try:
         config = json.loads(path.read_bytes())
@@ -164,7 +164,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"load: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"load: {path} must be a JSON object, got {type(config).__name__}")
-    if "peft_type" not in config:
+    if config.setdefault("peft_type", None) is None and "config" not in config:
         raise ValueError(f"load: {path} has no 'peft_type'")
     return config
 

@@ -256,6 +256,13 @@ void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
     count_tiles(kernels, 1);
 }
 
+void activate(const char* op, const Activate& pass, int64_t elements) {
+    const GemmKernels& kernels = level_in_use(op);
+    torch::stable::parallel_for(0, elements, kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernels.activate(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;

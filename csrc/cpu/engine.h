@@ -55,6 +55,7 @@ void run(const char* op, const Gemm& gemm);
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);
 void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
 void sum_rows(const char* op, const SumRows& pass, int64_t rows);
+void activate(const char* op, const Activate& pass, int64_t elements);
 
 Tensor empty_with_columns(const Tensor& like, int64_t columns);
 Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns);

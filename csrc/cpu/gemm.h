@@ -112,6 +112,18 @@ struct SumRows {
     int64_t columns;
 };
 
+enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
+
+// value = scale * f(z) and grad = scale * grad * f'(z), in place, of dense elements; either may be null.
+struct Activate {
+    Activation activation;
+    float scale;
+    const float* z;
+    void* value;
+    Dtype value_dtype;
+    float* grad;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -120,6 +132,7 @@ struct GemmKernels {
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
     void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
+    void (*activate)(const Activate* pass, int64_t begin, int64_t end);
 };
 
 extern "C" {

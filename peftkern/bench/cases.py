@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from peftkern.bench import contenders as c
 from peftkern.bench import prompts
@@ -26,7 +27,11 @@ CASES = (
     "dora_norm nf4",
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
+    "bottleneck_adapter forward+backward",
 )
+
+# Those that do not depend on the number of rows.
+ROWLESS = ("nf4_quantize", "nf4_dequantize", "dora_norm nf4", "prompt_embedding forward+backward")
 
 
 def contenders(
@@ -73,6 +78,10 @@ def contenders(
         if c.has("peft"):
             runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)
         return runs
+    if case == "bottleneck_adapter forward+backward":
+        square = c.forward_backward(x, x.flip(0))
+        ours, eager = partial(c.adapter, in_features), partial(c.EagerAdapter, in_features)
+        return {"peftkern": rotate(ours, square), "torch eager": rotate(eager, square)}
     raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
 
 
@@ -84,8 +93,8 @@ def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[
     peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
     has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
     if case == "dora_norm nf4":
-        runs = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
-        return {name: rotate(lambda: c.dora(base()), call) for name, call in runs.items()}
+        calls: dict[str, Callable[..., Tensor]] = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
+        return {name: rotate(lambda: c.dora(base()), call) for name, call in calls.items()}
     if case.startswith("dora_linear"):
         runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
         runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
@@ -121,6 +130,10 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         return out_features * in_features * (2 + 4.127 / 8), 0.0
     if case.startswith("prompt_embedding"):
         return prompts.work(in_features)
+    if case.startswith("bottleneck_adapter"):
+        # Weights read twice and their gradients written; x twice, y, dy and dx once.
+        weights, wide = 2 * c.BOTTLENECK * in_features, rows * in_features
+        return 2.0 * (3 * weights + 5 * wide), 6 * 2.0 * c.BOTTLENECK * wide
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from peftkern.bench.measure import ROTATED_BYTES, Run, copies
 from peftkern.integrations.bitsandbytes import bnb_state_dict
-from peftkern.nn import DoRALinear, IA3Linear, LoRALinear, NF4Linear
+from peftkern.nn import BottleneckAdapter, DoRALinear, IA3Linear, LoRALinear, NF4Linear
 from peftkern.ops._linear import dense_weight
 from peftkern.ops.dora_linear import dora_norm as ops_dora_norm
 
 RANK = 16
+BOTTLENECK = 64
 
 
 def has(package: str) -> bool:
@@ -144,6 +145,25 @@ def changing(step: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         step(layer)
 
     return call
+
+
+def adapter(features: int) -> BottleneckAdapter:
+    """Our bottleneck adapter in bf16."""
+    return BottleneckAdapter(features, dtype=torch.bfloat16)
+
+
+class EagerAdapter(nn.Module):
+    """The same in plain torch, as AdapterHub computes it: two linear layers, an activation, a scaled sum."""
+
+    scaling = 1.0
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(features, BOTTLENECK, dtype=torch.bfloat16)
+        self.up = nn.Linear(BOTTLENECK, features, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down(x))) * self.scaling + x
 
 
 def _bytes(layer: nn.Module) -> int:

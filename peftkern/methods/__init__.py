@@ -4,6 +4,7 @@ from peftkern.methods._method import Method
 from peftkern.methods.bitfit import BitFit
 from peftkern.methods.dora import DoRA
 from peftkern.methods.full import Full
+from peftkern.methods.houlsby import Houlsby
 from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
 from peftkern.methods.p_tuning import PTuning
@@ -21,5 +22,6 @@ METHODS: dict[str, Method] = {
         IA3(),
         PromptTuning(),
         PTuning(),
+        Houlsby(),
     )
 }
