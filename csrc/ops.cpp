@@ -61,5 +61,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
         "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
         "-> (Tensor grad_weight, Tensor grad_prompt)");
+    m.def(
+        "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
+        "Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)");
+    m.def(
+        "prefix_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+        "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
+        "bool need_tokens, bool need_prefix) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 
 namespace peftkern {
 
@@ -55,6 +56,9 @@ void run(const char* op, const Gemm& gemm);
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);
 void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
 void sum_rows(const char* op, const SumRows& pass, int64_t rows);
+
+// The level in use, which is counted as having run so many tiles.
+Isa level_for(const char* op, int64_t tiles);
 
 Tensor empty_with_columns(const Tensor& like, int64_t columns);
 Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns);
