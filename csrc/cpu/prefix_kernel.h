@@ -142,11 +142,21 @@ struct PrefixBuffers {
     }
 };
 
+// Rows of a block are thousands of bytes apart, which the hardware prefetchers do not follow.
+constexpr int64_t kRowsAhead = 8;
+template <int kForWriting>
+void prefetch_row(const Heads& heads, int64_t columns, int64_t batch, int64_t head, int64_t row) {
+    const uint8_t* p = row_at(heads, batch, head, row);
+    for (int64_t byte = 0; byte < columns * element_bytes(heads.dtype); byte += 64)
+        __builtin_prefetch(p + byte, kForWriting, 2);
+}
+
 // Rows of `from`, times `factors` where there are some, then zeros up to whole vectors of rows.
 inline void load_rows(const PrefixAttention& pass, const Heads& from, int64_t batch, int64_t head, int64_t begin,
                       int64_t count, const float* factors, float* to) {
     const int64_t bytes = element_bytes(from.dtype), columns = prefix_padded(pass.head_dim);
     for (int64_t r = 0; r < count; ++r) {
+        prefetch_row<0>(from, pass.head_dim, batch, head, begin + r + kRowsAhead);
         const uint8_t* row = row_at(from, batch, head, begin + r);
         const Simd::F factor = Simd::set1(factors ? factors[r] : 1.0f);
         for (int64_t c = 0; c < columns; c += Simd::kLanes) {
@@ -169,6 +179,7 @@ inline void store_rows(const PrefixAttention& pass, const float* from, const Hea
                        int64_t begin, int64_t count) {
     const int64_t bytes = element_bytes(to.dtype), columns = prefix_padded(pass.head_dim);
     for (int64_t r = 0; r < count; ++r) {
+        prefetch_row<1>(to, pass.head_dim, batch, head, begin + r + kRowsAhead);
         uint8_t* row = row_at(to, batch, head, begin + r);
         for (int64_t c = 0; c < pass.head_dim; c += Simd::kLanes)
             store_elements(row + c * bytes, to.dtype, pass.head_dim - c, Simd::load(from + r * columns + c));
