@@ -26,7 +26,8 @@ class Sizes(NamedTuple):
     length: int
 
 
-# One; odd; grouped heads; more queries than a block; one query for grouped heads; blocks of a causal attention; more keys than flash's block.
+# One; odd; grouped heads; more queries than a block; one query for grouped heads; more keys than flash's block; blocks
+# of a causal attention, with fewer keys.
 SIZES = (
     Sizes(1, 1, 1, 1, 1, 1, 1),
     Sizes(2, 3, 3, 5, 7, 33, 5),

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from peftkern.bench import contenders as c
-from peftkern.bench import prompts
+from peftkern.bench import prefixes, prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -26,6 +26,9 @@ CASES = (
     "dora_norm nf4",
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
+    "prefix_attention forward",
+    "prefix_attention forward+backward",
+    "prefix_attention forward+backward fp32",
 )
 
 
@@ -42,6 +45,8 @@ def contenders(
         return _conversions(case, shape, rotated)
     if case.startswith("prompt_embedding"):
         return prompts.contenders(*shape, rotated)
+    if case.startswith("prefix_attention"):
+        return prefixes.contenders(case, *shape, rows)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -121,6 +126,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         return out_features * in_features * (2 + 4.127 / 8), 0.0
     if case.startswith("prompt_embedding"):
         return prompts.work(in_features)
+    if case.startswith("prefix_attention"):
+        return prefixes.work(case, out_features, in_features, rows)
     element = 4 if case.endswith("fp32") else 2
     weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
     activations = rows * (in_features + out_features) * element
