@@ -138,7 +138,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         row
         for shape in args.shapes
         for case in args.cases
-        for count in ([0] if case in ("nf4_quantize", "nf4_dequantize") else args.rows)
+        for count in (args.rows if "linear" in case or case.startswith("prefix_attention") else [0])
         for row in run_case(case, shape, count, args, limits)
     ]
     return {"peaks": limits, "rows": rows}

@@ -34,6 +34,9 @@ PEERS = {
     "dora_norm nf4": ["torch dense bfloat16"],
     "ia3_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "prompt_embedding forward+backward": ["torch"],
+    "prefix_attention forward": ["torch concatenated"],
+    "prefix_attention forward+backward": ["torch concatenated"],
+    "prefix_attention forward+backward fp32": ["torch concatenated"],
 }
 
 
@@ -112,7 +115,9 @@ def test_quick_run_records_what_the_figures_depend_on(quick):
     assert report["commit"] == run.commit()
     assert report["peaks"]["1"]["read_bandwidth"] > 0
     places = {(row["case"], row["rows"]) for row in report["rows"]}
-    assert places == {(case, rows) for case in cases.CASES for rows in ((1, 16) if "linear" in case else (0,))}
+    assert places == {
+        (case, rows) for case in cases.CASES for rows in ((1, 16) if "linear" in case or "prefix" in case else (0,))
+    }
     for row in report["rows"]:
         assert row["contender"] in ["peftkern", *PEERS[row["case"]]]
         assert (row["shape"], row["threads"], row["isa"], row["cached"]) == ([512, 512], 1, caps.isa(), True)

@@ -71,6 +71,22 @@ def test_masks(dtype: torch.dtype, mask: str, seed: int) -> None:
         assert_near_float64(inputs, grad_like(inputs))
 
 
+@pytest.mark.parametrize("kind", ["bool", "infinite", "lowest", "all hidden at first"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_of_queries_takes_the_keys_that_its_mask_shows(dtype: torch.dtype, kind: str, seed: int) -> None:
+    """Causal masks with padding, as transformers makes them, of more queries than a block."""
+    s = Sizes(3, 4, 2, 400, 400, 16, 3)
+    visible = torch.ones(s.queries, s.keys, dtype=torch.bool).tril(-200 if kind == "all hidden at first" else 0)
+    attn_mask = (visible & (torch.arange(s.keys) >= torch.tensor([0, 7, 300])[:, None, None]))[:, None]
+    if kind in ("infinite", "lowest"):
+        lowest = -torch.inf if kind == "infinite" else torch.finfo(dtype).min
+        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill(~attn_mask, lowest)
+    inputs = inputs_of(s, dtype, attn_mask=attn_mask)
+    assert_near_float64(inputs, grad_like(inputs))
+    strided = torch.cat([attn_mask, attn_mask], -1)[..., : s.keys].expand(3, 4, -1, -1)
+    assert torch.equal(native(**{**inputs, "attn_mask": strided}), native(**inputs))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_prefix_of_each(isa: str, dtype: torch.dtype, seed: int) -> None:
     """Of the batch, in query's dtype and strided."""

@@ -22,7 +22,7 @@ def contenders(case: str, out_features: int, in_features: int, rows: int) -> dic
     sizes = _sizes(out_features, in_features, rows)
     functions: dict[str, Callable[..., Tensor]] = {
         "peftkern": prefix_attention,
-        "torch, concatenated": concatenated_attention,
+        "torch concatenated": concatenated_attention,
     }
     return {name: _run(function, sizes, dtype, "backward" in case) for name, function in functions.items()}
 
