@@ -88,5 +88,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor up_weight, Tensor up_bias, str activation, float scaling, bool adds_x, bool need_x, "
         "bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias) -> (Tensor grad_x, "
         "Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, Tensor grad_up_bias)");
+    m.def(
+        "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
+        "Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)");
+    m.def(
+        "prefix_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+        "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
+        "bool need_tokens, bool need_prefix) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -15,6 +15,7 @@ from peftkern.ops.lora_qkv import lora_qkv
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
+from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prompt_embedding import prompt_embedding
 from peftkern.tuning import (
     add_lora,
@@ -55,6 +56,7 @@ __all__ = [
     "nf4_linear",
     "nf4_quantize",
     "nn",
+    "prefix_attention",
     "prompt_embedding",
     "quantize",
     "report",

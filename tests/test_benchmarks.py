@@ -39,6 +39,9 @@ PEERS = {
     "ia3_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "prompt_embedding forward+backward": ["torch"],
     "bottleneck_adapter forward+backward": ["torch eager"],
+    "prefix_attention forward": ["torch concatenated"],
+    "prefix_attention forward+backward": ["torch concatenated"],
+    "prefix_attention forward+backward fp32": ["torch concatenated"],
 }
 
 

@@ -285,6 +285,12 @@ void activate(const char* op, const Activate& pass, int64_t elements) {
     count_tiles(kernels, 1);
 }
 
+Isa level_for(const char* op, int64_t tiles) {
+    const GemmKernels& kernels = level_in_use(op);
+    count_tiles(kernels, tiles);
+    return static_cast<Isa>(std::find(kLevels, kLevels + kIsaCount, &kernels) - kLevels);
+}
+
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;

@@ -4,6 +4,7 @@
 #include "cpu/activation_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/passes_kernel.h"
+#include "cpu/prefix_kernel.h"
 
 namespace peftkern {
 namespace {
@@ -12,6 +13,10 @@ template <class MainDot, class Decode = NoDecode>
 constexpr GemmKernels kernels() {
     return {run_tile<MainDot, Decode>, Workspace::bytes, split_dropout, scale_columns,
             gated_activation,          sum_rows,         activate};
+}
+
+constexpr PrefixKernels prefix_kernels() {
+    return {prefix_forward, prefix_backward, sum_parts};
 }
 
 }  // namespace

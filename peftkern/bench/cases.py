@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.bench import contenders as c
-from peftkern.bench import prompts
+from peftkern.bench import prefixes, prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -32,6 +32,9 @@ CASES = (
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
     "bottleneck_adapter forward+backward",
+    "prefix_attention forward",
+    "prefix_attention forward+backward",
+    "prefix_attention forward+backward fp32",
 )
 
 # Those that do not depend on the number of rows.
@@ -53,6 +56,8 @@ def contenders(
         return _blocks(case, shape, rows, rotated)
     if case.startswith("prompt_embedding"):
         return prompts.contenders(*shape, rotated)
+    if case.startswith("prefix_attention"):
+        return prefixes.contenders(case, *shape, rows)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -168,6 +173,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         # Weights read twice and their gradients written; x twice, y, dy and dx once.
         weights, wide = 2 * c.BOTTLENECK * in_features, rows * in_features
         return 2.0 * (3 * weights + 5 * wide), 6 * 2.0 * c.BOTTLENECK * wide
+    if case.startswith("prefix_attention"):
+        return prefixes.work(case, out_features, in_features, rows)
     element = 4 if case.endswith("fp32") else 2
     layers = [(out_features, in_features)]
     if case.startswith("lora_qkv"):

@@ -8,6 +8,8 @@ from peftkern.methods.houlsby import Houlsby
 from peftkern.methods.ia3 import IA3
 from peftkern.methods.lora import LoRA, QLoRA
 from peftkern.methods.p_tuning import PTuning
+from peftkern.methods.p_tuning_v2 import PTuningV2
+from peftkern.methods.prefix_tuning import PrefixTuning
 from peftkern.methods.prompt_tuning import PromptTuning
 
 # One line each. A file is read by the first whose `reads` says so.
@@ -23,5 +25,7 @@ METHODS: dict[str, Method] = {
         PromptTuning(),
         PTuning(),
         Houlsby(),
+        PrefixTuning(),
+        PTuningV2(),
     )
 }

@@ -7,6 +7,7 @@ from peftkern.nn.ia3_linear import IA3Linear
 from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.mlp import LoRAMLP
 from peftkern.nn.nf4_linear import NF4Linear
+from peftkern.nn.prefix import Prefix
 from peftkern.nn.prompt import PromptEmbedding, PromptEncoder
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LoRALinear",
     "LoRAMLP",
     "NF4Linear",
+    "Prefix",
     "PromptEmbedding",
     "PromptEncoder",
 ]
