@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu/exponential.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/panel_fp32.h"
 #include "cpu/prefix_attention.h"
@@ -77,21 +78,9 @@ inline void multiply_add(int64_t rows, int64_t columns, int64_t depth, const Lef
         });
 }
 
-// e^x for x <= 0, to about 2 ulp; 0 where it is below the smallest normal number. NaN stays.
-inline Simd::F exponential(Simd::F x) {
-    typedef uint32_t Integers __attribute__((vector_size(sizeof(Simd::F))));
-    static const float kCoefficients[] = {
-        1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
-    const Simd::F rounding = Simd::set1(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
-    const Simd::F shifted = Simd::fmadd(x, Simd::set1(0x1.715476p0f), rounding);
-    const Simd::F n = shifted - rounding;
-    // ln 2 in two parts: n times the first is exact.
-    Simd::F r = Simd::fmadd(n, Simd::set1(-0x1.62ep-1f), x);
-    r = Simd::fmadd(n, Simd::set1(-0x1.0bfbe8p-15f), r);
-    Simd::F p = Simd::set1(1.9875691500e-4f);
-    for (const float coefficient : kCoefficients) p = Simd::fmadd(p, r, Simd::set1(coefficient));
-    const Integers power = (reinterpret_cast<Integers>(shifted) << 23) + (127u << 23);
-    return x < Simd::set1(-87.0f) ? Simd::zero() : p * reinterpret_cast<Simd::F>(power);
+// e^x for x <= 0; 0 where it is below the smallest normal number. NaN stays.
+inline Simd::F weight_of(Simd::F x) {
+    return x < Simd::set1(-87.0f) ? Simd::zero() : exponential(x);
 }
 
 inline uint8_t* row_at(const Heads& heads, int64_t batch, int64_t head, int64_t row) {
@@ -213,10 +202,10 @@ inline void softmax(const PrefixAttention& pass, const PrefixBuffers& buffers) {
             const Simd::F s = Simd::load(scores + j * rows);
             top = s > top ? s : top;
         }
-        const Simd::F of_tokens = exponential(tokens - top);
+        const Simd::F of_tokens = weight_of(tokens - top);
         Simd::F sum = of_tokens;
         for (int64_t j = 0; j < length; ++j) {
-            const Simd::F e = exponential(Simd::load(scores + j * rows) - top);
+            const Simd::F e = weight_of(Simd::load(scores + j * rows) - top);
             Simd::store(scores + j * rows, e);
             sum = sum + e;
         }
@@ -290,7 +279,7 @@ inline void prefix_backward(const PrefixAttention* arguments, int64_t prefix, in
                        const Simd::F lse = Simd::load(buffers.lse + r), delta = Simd::load(buffers.sum + r);
                        for (int64_t j = 0; j < p; ++j) {
                            float *score = buffers.scores + j * rows + r, *grad = buffers.grad_scores + j * rows + r;
-                           const Simd::F weight = exponential(Simd::load(score) - lse);
+                           const Simd::F weight = weight_of(Simd::load(score) - lse);
                            Simd::store(score, weight);
                            Simd::store(grad, weight * (Simd::load(grad) - delta));
                        }
