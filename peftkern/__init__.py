@@ -2,6 +2,7 @@
 
 from peftkern import nn
 from peftkern.explain import explain, report
+from peftkern.integrations.peft import accelerate, restore
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NF4Weight",
+    "accelerate",
     "add_lora",
     "delete_adapter",
     "disable_adapters",
@@ -50,6 +52,7 @@ __all__ = [
     "prompt_embedding",
     "quantize",
     "report",
+    "restore",
     "save",
     "save_adapter",
     "set_adapter",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkern import backends
 from peftkern._modules import outer_modules
 from peftkern._native import ops
+from peftkern.integrations.peft import explain_layer
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._merge import weight_dtype
@@ -40,8 +41,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """Which implementation would run, and why. Nothing is computed and no random number drawn.
 
     Args:
-        target: a model: one record per NF4Linear and module with adapters in it. Or a public function of peftkern: one
-            record.
+        target: a model: one record per NF4Linear and module with adapters in it, HF PEFT's included. Or a public
+            function of peftkern: one record.
         args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
             model's first tensor gives the device, and the dtype if it is floating point.
 
@@ -52,11 +53,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     if isinstance(target, nn.Module):
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = next(tensors, None)
-        return [
-            _explain_layer(path, module, x)
-            for path, module in outer_modules(target)
-            if isinstance(module, AdapterModule | NF4Linear)
-        ]
+        return _explain_model(target, x)
     name = getattr(target, "__name__", type(target).__name__)
     if not callable(target) or not getattr(target, "__module__", "").startswith("peftkern.ops."):
         raise TypeError(f"explain: target must be an nn.Module or a function of peftkern, got {name}")
@@ -66,6 +63,21 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         return [Explanation(name, name, "reference", "the only implementation")]
     op, choice = chosen
     return [Explanation(name, op, choice.implementation, choice.reason)]
+
+
+def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
+    records = []
+    within = None
+    for path, module in outer_modules(model):
+        if within is not None and path.startswith(within):
+            continue  # computed by the op of the PEFT layer around it
+        peft_layer = explain_layer(module, x)
+        if peft_layer is not None:
+            records.append(Explanation(path, *peft_layer))
+            within = path + "." * bool(path) if records[-1].implementation != "torch" else None
+        elif isinstance(module, AdapterModule | NF4Linear):
+            records.append(_explain_layer(path, module, x))
+    return records
 
 
 def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None) -> Explanation:
