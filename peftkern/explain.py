@@ -205,7 +205,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     implementations = {record.name: record.implementation for record in explain(model)}
     seen: set[int] = set()
-    rows = [_row(path, module, implementations.get(path, "torch"), seen) for path, module in outer_modules(model)]
+    rows = [_row(path, module, _implementation(path, implementations), seen) for path, module in outer_modules(model)]
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     after_backward = any(p.grad is not None for p in trainable.values())
     return Report(
@@ -213,6 +213,13 @@ def report(model: nn.Module) -> Report:
         [name for name, p in trainable.items() if after_backward and p.grad is None],
         [name for name, p in trainable.items() if p.grad is not None and not p.grad.any()],
     )
+
+
+def _implementation(path: str, implementations: dict[str, str]) -> str:
+    """Of the module itself, or of the PEFT layer around it."""
+    while path and path not in implementations:
+        path = path.rpartition(".")[0]
+    return implementations.get(path, "torch")
 
 
 def _row(path: str, module: nn.Module, implementation: str, seen: set[int]) -> Row:

@@ -1,7 +1,11 @@
 """What `accelerate` leaves to PEFT, what stays as it was, and what it mends."""
 
 import copy
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +229,18 @@ def test_wrong_input_raises_what_peft_raises(seed):
         model(rows(torch.bfloat16))
 
 
+def test_transforms_and_forward_mode_are_torch_s(seed):
+    model, x = adapted(dense(), lora()), rows().detach()
+    layer = model.base_model.model[0]
+    expected = layer(x)
+    peftkern.accelerate(model)
+    torch.testing.assert_close(torch.vmap(layer)(x), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
+    assert stock_reasons(layer) == {"inside a torch.func transform", "forward-mode differentiation"}
+
+
 def test_hooks_of_the_layer_itself_run(seed):
     model = peftkern.accelerate(adapted(dense(), lora()))
     seen: list[Tensor] = []
@@ -281,6 +297,43 @@ def test_the_registered_config_creates_what_accelerate_would(base, seed):
     assert [type(m) for m in model.modules()] == [type(m) for m in accelerated.modules()]
 
 
+def test_report_counts_what_runs_on_an_op(seed):
+    model = adapted(dense(), lora())
+    assert {row.implementation for row in peftkern.report(model).rows} == {"torch"}
+    rows = {row.name: row for row in peftkern.report(peftkern.accelerate(model)).rows}
+    assert rows["base_model.model.0.base_layer"].implementation == "cpu"
+    assert rows["base_model.model.0.lora_A.default"].implementation == "cpu"
+
+
+@METHOD
+def test_a_4_bit_base_alone_runs_on_an_op(method, seed):
+    model = adapted(bnb(), CONFIGS[method]())
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(rows())
+        torch.testing.assert_close(peftkern.accelerate(model)(rows()), expected, rtol=1e-4, atol=1e-5)
+        assert [record.op for record in peftkern.explain(model)] == ["nf4_linear"] * 2
+    assert_all_fast(model)
+
+
+def test_the_plugin_counts(tmp_path: Path):
+    test = tmp_path / "test_layers.py"
+    test.write_text(
+        "import peft, torch\n"
+        "def test_layer():\n"
+        "    config = peft.LoraConfig(target_modules=['0'], lora_dropout=0.5)\n"
+        "    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)\n"
+        "    model(torch.ones(2, 8))\n"
+        "    with model.disable_adapter():\n"
+        "        model(torch.ones(2, 8))\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "peftkern.integrations.peft_pytest", str(test)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for line in (r"all +1 of +2 +50.0%", r"LoRA +1 of +2", r"dropout +1 of +2", "1  adapters disabled, the base alone"):
+        assert re.search(line, done.stdout), done.stdout
+
+
 # Mended
 
 
@@ -325,4 +378,4 @@ def test_eval_leaves_4_bit_weights_as_they_are(method, packed, seed):
         model.eval()(rows())
     # Repacking rounded the scales to bf16.
     assert_near(step(model.train(), rows()), expected, 2**-7 if packed else 5e-6)
-    assert stock_of_last(model) == "adapters disabled, the base alone"
+    assert_all_fast(model, 2)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from peftkern import backends
 from peftkern.nf4 import NF4Weight
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import Weight, computing_dtype
+from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE
 
 if is_bnb_4bit_available():
@@ -80,6 +82,10 @@ class Base(NamedTuple):
         y = op(x if x.dtype == self.dtype else x.to(self.dtype))
         return y.to(x.dtype) if self.keeps_dtype and y.dtype != x.dtype else y
 
+    def alone(self, x: Tensor) -> Tensor:
+        """A 4-bit base layer without adapters."""
+        return self.run(x, lambda x: nf4_linear(x, cast(NF4Weight, self.weight), self.bias))
+
 
 def read_base(layer: Any, x: Tensor) -> Base:
     """The base layer of a PEFT layer, one that `base_obstacle` lets pass. No byte is copied."""
@@ -114,16 +120,25 @@ def op_dtype(layer: Any, x: Tensor) -> torch.dtype:
     return computing_dtype(x if type(layer) is nn.Linear else x.new_empty(0, dtype=_dtype(layer, x)))
 
 
-def call_obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """What of the call or of the layer's state needs PEFT's own forward."""
+def idle(layer: Any, names: list[str]) -> str:
+    """Why none of a layer's adapters computes; empty if one does."""
     if layer.disable_adapters:
-        return "adapters disabled, the base alone"
+        return "adapters disabled"
     if layer.merged:
-        return "merged, the base alone"
+        return "merged"
+    return "" if names else "no active adapter"
+
+
+def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    """What of the call or of the layer's state needs PEFT's own forward."""
     if kwargs.get("adapter_names") is not None:
         return "adapter_names, a batch of several adapters"
     if args or kwargs:
         return "arguments beside x"
+    # Disabled while merged, PEFT unmerges. A dense base alone is torch's own linear.
+    reason = idle(layer, names)
+    if reason and (type(layer.base_layer) not in BNB_LINEARS or (layer.disable_adapters and layer.merged)):
+        return f"{reason}, the base alone"
     if type(x) not in _PLAIN or x.layout is not torch.strided:
         return "x is not a plain tensor"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
@@ -133,6 +148,8 @@ def call_obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> st
             return "global module hooks"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "inside a torch.func transform"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation"
     return ""
 
 

@@ -13,6 +13,7 @@ from peftkern.integrations._peft_base import (
     base_obstacle,
     call_obstacle,
     hidden_obstacle,
+    idle,
     read_base,
     trains,
 )
@@ -26,17 +27,18 @@ def active(layer: Any) -> list[str]:
 
 
 def op(layer: Any) -> str:
-    return "ia3_linear"
+    """The op that the layer's state asks for."""
+    return "nf4_linear" if idle(layer, active(layer)) else "ia3_linear"
 
 
 def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """Why this call is for PEFT's own forward."""
-    found = call_obstacle(layer, x, args, kwargs)
+    names = active(layer)
+    found = call_obstacle(layer, names, x, args, kwargs)
     if found:
         return found
-    names = active(layer)
-    if not names:
-        return "no active adapter"
+    if idle(layer, names):
+        return base_obstacle(layer.base_layer, x, "nf4_linear")
     found = base_obstacle(layer.base_layer, x, "ia3_linear")
     if found:
         return found
@@ -50,7 +52,10 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
 
 def fast(layer: Any, x: Tensor) -> Tensor:
     """What PEFT's forward computes, by one op."""
-    base, (first, *others) = read_base(layer.base_layer, x), active(layer)
+    base, names = read_base(layer.base_layer, x), active(layer)
+    if idle(layer, names):
+        return base.alone(x)
+    first, *others = names
     scale = layer.ia3_l[first].flatten().float()
     for name in others:
         scale = scale * layer.ia3_l[name].flatten()

@@ -18,6 +18,7 @@ from peftkern.integrations._peft_base import (
     base_obstacle,
     call_obstacle,
     hidden_obstacle,
+    idle,
     op_dtype,
     read_base,
     trains,
@@ -32,20 +33,26 @@ def active(layer: Any) -> list[str]:
 
 
 def op(layer: Any) -> str:
-    """The op that the layer's active adapters ask for."""
-    dora = any(type(layer.lora_variant.get(name)) is DoraLinearVariant for name in active(layer))
+    """The op that the layer's state asks for."""
+    names = active(layer)
+    return "nf4_linear" if idle(layer, names) else _op_of(layer, names)
+
+
+def _op_of(layer: Any, names: list[str]) -> str:
+    dora = any(type(layer.lora_variant.get(name)) is DoraLinearVariant for name in names)
     return "dora_linear" if dora else "lora_linear"
 
 
 def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """Why this call is for PEFT's own forward."""
-    found = call_obstacle(layer, x, args, kwargs)
+    names = active(layer)
+    found = call_obstacle(layer, names, x, args, kwargs)
     if found:
         return found
-    names = active(layer)
-    if not names:
-        return "no active adapter"
-    found = base_obstacle(layer.base_layer, x, op(layer))
+    if idle(layer, names):
+        return base_obstacle(layer.base_layer, x, "nf4_linear")
+    chosen = _op_of(layer, names)
+    found = base_obstacle(layer.base_layer, x, chosen)
     if found:
         return found
     dtype = op_dtype(layer.base_layer, x)
@@ -55,7 +62,7 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
             return found
     if len(names) == 1:
         return ""
-    if op(layer) == "dora_linear":
+    if chosen == "dora_linear":
         return "several adapters, one of them DoRA"
     if any(_dropout(layer.lora_dropout[name]) > 0 for name in names):
         return "several adapters with dropout"
@@ -102,7 +109,9 @@ def _dropout(module: nn.Module) -> float:
 def fast(layer: Any, x: Tensor) -> Tensor:
     """What PEFT's forward computes, by one op."""
     base, names = read_base(layer.base_layer, x), active(layer)
-    if op(layer) == "dora_linear":
+    if idle(layer, names):
+        return base.alone(x)
+    if _op_of(layer, names) == "dora_linear":
         return base.run(x, lambda x: _dora(layer, names[0], base, x))
     if len(names) > 1:
         return base.run(x, lambda x: _several(layer, names, base, x))
