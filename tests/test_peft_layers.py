@@ -162,6 +162,15 @@ def dora_with_bias() -> Any:
     return model
 
 
+def bf16_adapter() -> Any:
+    model = adapted(dense(), lora())
+    for at in (0, 2):
+        layer = model.base_model.model[at]
+        layer.lora_A.bfloat16()
+        layer.lora_B.bfloat16()
+    return model
+
+
 def disabled() -> Any:
     model = adapted(dense(), lora())
     model.base_model.disable_adapter_layers()
@@ -177,6 +186,7 @@ FALLBACKS = {
     "DoRA on a weight that requires grad": lambda: with_trained_weight(lora(use_dora=True)),
     "the base weight requires grad": lambda: with_trained_weight(ia3()),
     "DoRA with lora_bias": dora_with_bias,
+    "the adapter is torch.bfloat16 and torch.bfloat16, x torch.float32": bf16_adapter,
     "adapters disabled, the base alone": disabled,
     "auto: no kernel for torch.float64 on cpu": lambda: adapted(dense(torch.float64), lora()),
 }
@@ -185,7 +195,7 @@ FALLBACKS = {
 @pytest.mark.parametrize("reason", FALLBACKS)
 def test_the_rest_is_peft_s_own_forward_bit_for_bit(reason, seed):
     model = FALLBACKS[reason]()
-    x = rows(next(p for p in model.parameters()).dtype)
+    x = rows(model.base_model.model[0].base_layer.weight.dtype)
     expected = step(model, x) if "disabled" not in reason else {"y": model(x)}
     peftkern.accelerate(model)
     ours = step(model, x) if "disabled" not in reason else {"y": model(x)}
@@ -309,7 +319,7 @@ def test_report_counts_what_runs_on_an_op(seed):
 def test_a_4_bit_base_alone_runs_on_an_op(method, seed):
     model = adapted(bnb(), CONFIGS[method]())
     with torch.no_grad(), model.disable_adapter():
-        expected = model(rows())
+        expected = model(rows())  # a leaf that needs a gradient: not repacked
         torch.testing.assert_close(peftkern.accelerate(model)(rows()), expected, rtol=1e-4, atol=1e-5)
         assert [record.op for record in peftkern.explain(model)] == ["nf4_linear"] * 2
     assert_all_fast(model)
@@ -367,15 +377,24 @@ def test_ia3_on_4_bit_keeps_the_dtype(seed):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_eval_leaves_4_bit_weights_as_they_are(method, packed, seed):
     """bitsandbytes' eval path repacks in place: DoRA, merging and gradients are wrong from then on."""
-    model = adapted(bnb(), CONFIGS[method]())
+    model, x = adapted(bnb(), CONFIGS[method]()), rows().detach()
     expected = step(model, rows())
     if packed:
-        with torch.no_grad():
-            model.eval()(rows())
+        model.eval()(x)
         model.train()
-    peftkern.accelerate(model)
-    with torch.no_grad(), model.disable_adapter():
-        model.eval()(rows())
+    peftkern.accelerate(model).eval()
+    with torch.no_grad():
+        with model.disable_adapter():
+            model(x)
+        if method == "lora":
+            model(x, adapter_names=["default"] * 3)  # which PEFT computes, on the base layer's forward
     # Repacking rounded the scales to bf16.
     assert_near(step(model.train(), rows()), expected, 2**-7 if packed else 5e-6)
-    assert_all_fast(model, 2)
+    assert [c.fast for c in calls(model).values()] == [2, 2]
+    assert not any(m.support_avx512bf16_for_cpu for m in bases(model))
+    peftkern.restore(model)
+    assert [m.support_avx512bf16_for_cpu for m in bases(model)] == [m.support_avx512bf16_for_cpu for m in bases(bnb())]
+
+
+def bases(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes")]
