@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden
+.PHONY: demo test lint bench setup clean adapters-golden peft-suite
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -20,6 +20,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# PEFT's own tests of its LoRA and (IA)^3 layers, every one of them accelerated.
+peft-suite: setup
+	$(BIN)/python tests/peft_suite.py
 
 setup: $(VENV)/built
 

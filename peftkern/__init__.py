@@ -3,6 +3,7 @@
 from peftkern import nn
 from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
+from peftkern.integrations.peft import accelerate, restore
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NF4Weight",
+    "accelerate",
     "add_lora",
     "bottleneck_adapter",
     "delete_adapter",
@@ -60,6 +62,7 @@ __all__ = [
     "prompt_embedding",
     "quantize",
     "report",
+    "restore",
     "save",
     "save_adapter",
     "set_adapter",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkern import backends
 from peftkern._modules import outer_modules
 from peftkern._native import ops
+from peftkern.integrations.peft import explain_layer
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._fused_block import FusedBlock
@@ -41,8 +42,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """Which implementation would run, and why. Nothing is computed and no random number drawn.
 
     Args:
-        target: a model: one record per NF4Linear and module with adapters in it. Or a public function of peftkern: one
-            record.
+        target: a model: one record per NF4Linear and module with adapters in it, HF PEFT's included. Or a public
+            function of peftkern: one record.
         args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
             model's first tensor gives the device, and the dtype if it is floating point.
 
@@ -53,13 +54,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     if isinstance(target, nn.Module):
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = next(tensors, None)
-        blocks = (module for module in target.modules() if isinstance(module, FusedBlock))
-        fused = {layer: block.op for block in blocks for layer in block.fused_layers()}
-        return [
-            _explain_layer(path, module, x, fused.get(module))
-            for path, module in outer_modules(target)
-            if isinstance(module, AdapterModule | NF4Linear)
-        ]
+        return _explain_model(target, x)
     name = getattr(target, "__name__", type(target).__name__)
     if not callable(target) or not getattr(target, "__module__", "").startswith("peftkern.ops."):
         raise TypeError(f"explain: target must be an nn.Module or a function of peftkern, got {name}")
@@ -69,6 +64,23 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         return [Explanation(name, name, "reference", "the only implementation")]
     op, choice = chosen
     return [Explanation(name, op, choice.implementation, choice.reason)]
+
+
+def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
+    blocks = (module for module in model.modules() if isinstance(module, FusedBlock))
+    fused = {layer: block.op for block in blocks for layer in block.fused_layers()}
+    records = []
+    within = None
+    for path, module in outer_modules(model):
+        if within is not None and path.startswith(within):
+            continue  # computed by the op of the PEFT layer around it
+        peft_layer = explain_layer(module, x)
+        if peft_layer is not None:
+            records.append(Explanation(path, *peft_layer))
+            within = path + "." * bool(path) if records[-1].implementation != "torch" else None
+        elif isinstance(module, AdapterModule | NF4Linear):
+            records.append(_explain_layer(path, module, x, fused.get(module)))
+    return records
 
 
 def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None, fused: str | None) -> Explanation:
@@ -197,7 +209,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     implementations = {record.name: record.implementation for record in explain(model)}
     seen: set[int] = set()
-    rows = [_row(path, module, implementations.get(path, "torch"), seen) for path, module in outer_modules(model)]
+    rows = [_row(path, module, _implementation(path, implementations), seen) for path, module in outer_modules(model)]
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     after_backward = any(p.grad is not None for p in trainable.values())
     return Report(
@@ -205,6 +217,13 @@ def report(model: nn.Module) -> Report:
         [name for name, p in trainable.items() if after_backward and p.grad is None],
         [name for name, p in trainable.items() if p.grad is not None and not p.grad.any()],
     )
+
+
+def _implementation(path: str, implementations: dict[str, str]) -> str:
+    """Of the module itself, or of the PEFT layer around it."""
+    while path and path not in implementations:
+        path = path.rpartition(".")[0]
+    return implementations.get(path, "torch")
 
 
 def _row(path: str, module: nn.Module, implementation: str, seen: set[int]) -> Row:

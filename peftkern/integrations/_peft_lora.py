@@ -1,0 +1,202 @@
+"""peft.tuners.lora's linear layers with a forward of one op; the class names are PEFT's, so that a repr stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from peftkern.integrations._peft_base import (
+    Accelerated,
+    Base,
+    base_obstacle,
+    call_obstacle,
+    hidden_obstacle,
+    idle,
+    op_dtype,
+    read_base,
+    trains,
+)
+from peftkern.ops.dora_linear import dora_linear
+from peftkern.ops.lora_linear import lora_linear
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def op(layer: Any) -> str:
+    """The op that the layer's state asks for."""
+    names = active(layer)
+    return "nf4_linear" if idle(layer, names) else _op_of(layer, names)
+
+
+def _op_of(layer: Any, names: list[str]) -> str:
+    dora = any(type(layer.lora_variant.get(name)) is DoraLinearVariant for name in names)
+    return "dora_linear" if dora else "lora_linear"
+
+
+def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    """Why this call is for PEFT's own forward."""
+    names = active(layer)
+    found = call_obstacle(layer, names, x, args, kwargs)
+    if found:
+        return found
+    if idle(layer, names):
+        return base_obstacle(layer.base_layer, x, "nf4_linear")
+    chosen = _op_of(layer, names)
+    found = base_obstacle(layer.base_layer, x, chosen)
+    if found:
+        return found
+    dtype = op_dtype(layer.base_layer, x)
+    for name in names:
+        found = _adapter_obstacle(layer, name, x, dtype)
+        if found:
+            return found
+    if len(names) == 1:
+        return ""
+    if chosen == "dora_linear":
+        return "several adapters, one of them DoRA"
+    if any(_dropout(layer.lora_dropout[name]) > 0 for name in names):
+        return "several adapters with dropout"
+    return ""
+
+
+def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> str:
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    scaling, variant = layer.scaling[name], layer.lora_variant.get(name)
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+        return f"lora_A is {type(a).__name__}, lora_B {type(b).__name__}"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"the dropout is {type(dropout).__name__}"
+    if a.weight.dtype != b.weight.dtype or a.weight.dtype not in (torch.float32, dtype):
+        return f"the adapter is {a.weight.dtype} and {b.weight.dtype}, x {dtype}"
+    if not layer.cast_input_dtype_enabled and a.weight.dtype != x.dtype:
+        return "the cast of x to the adapter's dtype is disabled"
+    if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.device != x.device):
+        return "scaling is not a number or a 0-d tensor on x's device"
+    found = (
+        hidden_obstacle("lora_A", a, [a.weight], x)
+        or hidden_obstacle("lora_B", b, [b.weight, b.bias], x)
+        or hidden_obstacle("lora_dropout", dropout, [], x)
+    )
+    if found or variant is None:
+        return found
+    if type(variant) is not DoraLinearVariant:
+        return f"a LoRA variant, {type(variant).__name__}"
+    magnitude = layer.lora_magnitude_vector[name]
+    if type(magnitude) is not DoraLinearLayer:
+        return f"the magnitude is {type(magnitude).__name__}"
+    if b.bias is not None:
+        return "DoRA with lora_bias"
+    if type(layer.base_layer) is nn.Linear and trains(layer.base_layer.weight):
+        return "DoRA on a weight that requires grad"
+    return hidden_obstacle("lora_magnitude_vector", magnitude, [magnitude.weight], x)
+
+
+def _dropout(module: nn.Module) -> float:
+    """The probability in force."""
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+
+def fast(layer: Any, x: Tensor) -> Tensor:
+    """What PEFT's forward computes, by one op."""
+    base, names = read_base(layer.base_layer, x), active(layer)
+    if idle(layer, names):
+        return base.alone(x)
+    if _op_of(layer, names) == "dora_linear":
+        return base.run(x, lambda x: _dora(layer, names[0], base, x))
+    if len(names) > 1:
+        return base.run(x, lambda x: _several(layer, names, base, x))
+    return base.run(x, lambda x: _one(layer, names[0], base, x))
+
+
+def _one(layer: Any, name: str, base: Base, x: Tensor) -> Tensor:
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    p = _dropout(layer.lora_dropout[name])
+    return lora_linear(x, base.weight, a, b, layer.scaling[name], _bias(layer, [name], base), p, p > 0)
+
+
+def _several(layer: Any, names: list[str], base: Base, x: Tensor) -> Tensor:
+    """One adapter of all their ranks, made anew at every call: nothing that could be stale is kept."""
+    a = torch.cat([layer.lora_A[name].weight.float() for name in names])
+    b = torch.cat([layer.lora_B[name].weight.float() * layer.scaling[name] for name in names], 1)
+    return lora_linear(x, base.weight, a, b, 1.0, _bias(layer, names, base))
+
+
+def _dora(layer: Any, name: str, base: Base, x: Tensor) -> Tensor:
+    a, b, m = (table[name].weight for table in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
+    p = _dropout(layer.lora_dropout[name]) if layer.training else 0.0
+    return dora_linear(x, base.weight, a, b, m.float(), layer.scaling[name], base.bias, p, p > 0)
+
+
+def _bias(layer: Any, names: list[str], base: Base) -> Tensor | None:
+    """The base layer's bias and the scaled ones of lora_B, in fp32 as soon as there are several."""
+    bias = base.bias
+    for name in names:
+        own = layer.lora_B[name].bias
+        if own is not None:
+            scaled = own.float() * layer.scaling[name]
+            bias = scaled if bias is None else bias.float() + scaled
+    return bias
+
+
+class Linear(Accelerated, lora.Linear):
+    """lora.Linear: LoRA, rsLoRA, lora_bias, several adapters, DoRA."""
+
+    _obstacle, _fast, _op = obstacle, fast, op
+
+
+ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear}
+
+if is_bnb_4bit_available():
+
+    class Linear4bit(Accelerated, lora.Linear4bit):
+        """lora.Linear4bit, whose merge forgets to scale the bias of lora_B."""
+
+        _obstacle, _fast, _op = obstacle, fast, op
+        lora_bias: dict[str, bool]
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """PEFT's, with `lora_bias` scaled as its forward scales it."""
+            names = check_adapters_to_merge(self, adapter_names)
+            biased = [name for name in names if self.lora_bias.get(name) and name in self.lora_A]
+            bias = self.get_base_layer().bias
+            if biased and bias is None:
+                raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+            for name in biased if safe_merge else ():
+                if not torch.isfinite(bias + self._scaled_bias(name)).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            already = len(self.merged_adapters)
+            flags, self.lora_bias = self.lora_bias, dict.fromkeys(self.lora_bias, False)
+            try:
+                super().merge(safe_merge, names)
+            finally:
+                self.lora_bias = flags
+                for name in self.merged_adapters[already:]:
+                    if name in biased:
+                        bias.data += self._scaled_bias(name)
+
+        def unmerge(self) -> None:
+            """PEFT's, with `lora_bias` scaled as `merge` scales it."""
+            biased = [name for name in self.merged_adapters if self.lora_bias.get(name) and name in self.lora_A]
+            flags, self.lora_bias = self.lora_bias, dict.fromkeys(self.lora_bias, False)
+            try:
+                super().unmerge()
+            finally:
+                self.lora_bias = flags
+                for name in biased:
+                    if name not in self.merged_adapters:
+                        self.get_base_layer().bias.data -= self._scaled_bias(name)
+
+        def _scaled_bias(self, name: str) -> Tensor:
+            return self.lora_B[name].bias.data * self.scaling[name]
+
+    ACCELERATED[lora.Linear4bit] = Linear4bit
