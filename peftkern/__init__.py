@@ -1,5 +1,7 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
 
+from typing import TYPE_CHECKING, Any
+
 from peftkern import nn
 from peftkern.explain import explain, report
 from peftkern.loraplus import loraplus_groups
@@ -26,6 +28,9 @@ from peftkern.tuning import (
     tune,
     unmerge,
 )
+
+if TYPE_CHECKING:
+    from peftkern.integrations.transformers import NF4Config as NF4Config
 
 __version__ = "0.1.0"
 
@@ -56,3 +61,12 @@ __all__ = [
     "tune",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """NF4Config subclasses transformers' class, so that transformers is imported with it: only where it is used."""
+    if name == "NF4Config":
+        from peftkern.integrations.transformers import NF4Config
+
+        return NF4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
