@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkern import nn
 from peftkern.explain import explain, report
+from peftkern.integrations.bnb_layers import from_bnb, to_bnb
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
@@ -42,6 +43,7 @@ __all__ = [
     "dora_linear",
     "enable_adapters",
     "explain",
+    "from_bnb",
     "ia3_linear",
     "load",
     "load_adapter",
@@ -58,6 +60,7 @@ __all__ = [
     "save",
     "save_adapter",
     "set_adapter",
+    "to_bnb",
     "tune",
     "unmerge",
 ]

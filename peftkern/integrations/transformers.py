@@ -105,14 +105,14 @@ class NF4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores."""
-        return self._own_dict() if self.checkpoint == "peftkern" else self._bnb_dict()
+        return self._own_dict() if self.checkpoint == "peftkern" else self.to_bnb()
 
     def _own_dict(self) -> dict[str, Any]:
         compute_dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
         return {**vars(self), "compute_dtype": compute_dtype, "skip": list(self.skip)}
 
-    def _bnb_dict(self) -> dict[str, Any]:
-        """transformers' BitsAndBytesConfig as a dict; without compute_dtype its default, fp32."""
+    def to_bnb(self) -> dict[str, Any]:
+        """What config.json of a bitsandbytes checkpoint has: a BitsAndBytesConfig. compute_dtype None becomes fp32."""
         own = self._own_dict()
         return {
             "quant_method": "bitsandbytes",
