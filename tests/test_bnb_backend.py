@@ -59,6 +59,23 @@ def test_it_can_be_turned_off(setting, on, run):
     assert "peftkern" not in done.stderr and "kernel for the same" not in done.stderr
 
 
+UNKNOWN = """
+import importlib.metadata, bitsandbytes, torch
+from peftkern.integrations import bnb_backend
+(entry,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="peftkern")
+bnb_backend._registered = False
+bnb_backend._quantize_4bit = lambda theirs: lambda A, block_size: theirs(A, block_size)
+entry.load()()
+print(bnb_backend._registered)
+"""
+
+
+def test_an_unknown_bitsandbytes_is_left_alone(run):
+    done = run("-c", UNKNOWN, setting="1")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert "peftkern: the ops of this bitsandbytes are unknown; it stays on its own kernels" in done.stderr
+
+
 def test_other_settings_are_refused(run):
     done = run("-c", PROGRAM, setting="no")
     assert "failed to load backend peftkern: PEFTKERN_BNB must be 0 or 1, got 'no'" in done.stderr

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,20 +41,33 @@ def register() -> None:
         raise ValueError(f"PEFTKERN_BNB must be 0 or 1, got {setting!r}")
     if setting == "0" or _registered:
         return
-    kernels = {"quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit, "gemm_4bit": _gemm_4bit}
-    made = {f"bitsandbytes::{op}": make(_kernel(f"bitsandbytes::{op}")) for op, make in kernels.items()}
+    kernels: dict[str, Callable[[Kernel], Kernel]] = {
+        "quantize_4bit": _quantize_4bit,
+        "dequantize_4bit": _dequantize_4bit,
+        "gemm_4bit": _gemm_4bit,
+    }
+    exist = all(hasattr(torch.ops.bitsandbytes, op) for op in kernels)
+    made = {op: make(_registered_kernel(op)) for op, make in kernels.items()} if exist else {}
+    if not made or not all(_takes_arguments_of(op, kernel) for op, kernel in made.items()):
+        warnings.warn("peftkern: the ops of this bitsandbytes are unknown; it stays on its own kernels", stacklevel=2)
+        return
     with warnings.catch_warnings():
         # torch's, that a kernel replaces another; it does so on purpose.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for op, kernel in made.items():
-            torch.library.register_kernel(op, "cpu", kernel)
+            torch.library.register_kernel(f"bitsandbytes::{op}", "cpu", kernel)
     _keep_layout()
     _registered = True
 
 
-def _kernel(op: str) -> Kernel:
-    """What runs `op` on the CPU now."""
-    kernel = torch.library.get_kernel(op, "CPU")
+def _takes_arguments_of(op: str, kernel: Kernel) -> bool:
+    schema = getattr(torch.ops.bitsandbytes, op).default._schema
+    return [argument.name for argument in schema.arguments] == list(signature(kernel).parameters)
+
+
+def _registered_kernel(op: str) -> Kernel:
+    """What runs an op of bitsandbytes on the CPU now."""
+    kernel = torch.library.get_kernel(f"bitsandbytes::{op}", "CPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     return lambda *args: kernel.call_boxed(keys, *args)
 
