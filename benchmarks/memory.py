@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--case", nargs=5, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    os.environ.setdefault("PEFTKERN_BNB", "0")  # bitsandbytes is a peer here: on its own kernels
     if args.case:
         print(json.dumps(case(args.case[0], *(int(value) for value in args.case[1:]))))
         return 0

@@ -1,8 +1,11 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
 
+from typing import TYPE_CHECKING, Any
+
 from peftkern import nn
 from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
+from peftkern.integrations.bnb_layers import from_bnb, to_bnb
 from peftkern.integrations.peft import accelerate, restore
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
@@ -33,6 +36,9 @@ from peftkern.tuning import (
     unmerge,
 )
 
+if TYPE_CHECKING:
+    from peftkern.integrations.transformers import NF4Config as NF4Config
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -45,6 +51,7 @@ __all__ = [
     "dora_linear",
     "enable_adapters",
     "explain",
+    "from_bnb",
     "fuse_blocks",
     "ia3_linear",
     "load",
@@ -66,7 +73,17 @@ __all__ = [
     "save",
     "save_adapter",
     "set_adapter",
+    "to_bnb",
     "tune",
     "unfuse_blocks",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """NF4Config subclasses transformers' class, so that transformers is imported with it: only where it is used."""
+    if name == "NF4Config":
+        from peftkern.integrations.transformers import NF4Config
+
+        return NF4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,9 @@ import torch
 
 from peftkern._native import caps
 
+# bitsandbytes is what tests compare with, so it must not run our kernels. Those of the backend turn it on.
+os.environ.setdefault("PEFTKERN_BNB", "0")
+
 
 @pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -1,6 +1,7 @@
 """The command line: `peftkern finetune | compare | bench | info`, also `python -m peftkern`."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; `sys.argv[1:]` if None.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("PEFTKERN_BNB", "0")  # bitsandbytes is a peer here: on its own kernels
     try:
         args = _build_parser().parse_args(arguments)
         return args.run(args)

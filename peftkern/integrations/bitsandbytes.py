@@ -123,7 +123,7 @@ def _check_quant_map(table: Tensor, key: str) -> None:
         raise ValueError(f'"{key}" is not the NF4 table')
 
 
-def from_bnb(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
+def read_bnb(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     """Reads one layer's weight under bitsandbytes' names, every part checked. No byte is changed or copied.
 
     Args:
@@ -177,7 +177,7 @@ def from_bnb(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     return q
 
 
-def from_native(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
+def read_native(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     """Reads one layer's weight under the native names, every part checked. No byte is changed or copied.
 
     Raises:
@@ -201,7 +201,7 @@ def from_native(state_dict: Mapping[str, Any], prefix: str = "") -> NF4Weight:
     return q
 
 
-def to_bnb(q: NF4Weight, prefix: str = "") -> dict[str, Tensor]:
+def bnb_entries(q: NF4Weight, prefix: str = "") -> dict[str, Tensor]:
     """One layer's weight under bitsandbytes' names, as `Linear4bit.state_dict()` writes it (quant_storage uint8).
 
     Raises:
@@ -246,7 +246,7 @@ def bnb_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | None = None
     for prefix in prefixes:
         if state_dict[prefix + FORMAT_KEY].is_meta:
             raise RuntimeError(f'bnb_state_dict: "{prefix}weight" is on the meta device, it has no bytes to save')
-        layers[prefix] = to_bnb(from_native(state_dict, prefix), prefix)
+        layers[prefix] = bnb_entries(read_native(state_dict, prefix), prefix)
     native = {prefix + name for prefix in prefixes for name in (*PART_NAMES, FORMAT_KEY)}
     converted: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():

@@ -17,9 +17,9 @@ from peftkern.integrations.bitsandbytes import (
     PART_NAMES,
     bnb_keys,
     format_values,
-    from_bnb,
-    from_native,
     native_entries,
+    read_bnb,
+    read_native,
 )
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.nf4_linear import nf4_linear
@@ -305,13 +305,13 @@ class NF4Linear(nn.Linear):
         present = [name for name in (*PART_NAMES, FORMAT_KEY) if prefix + name in state_dict]
         weight = state_dict.get(prefix + "weight")
         if bnb_keys(state_dict, prefix):
-            q = from_bnb(state_dict, prefix)
+            q = read_bnb(state_dict, prefix)
         elif not present:
             return None  # nn.Module's method reports the missing names
         elif present == ["weight"] and isinstance(weight, Tensor) and weight.is_floating_point():
             q = self._quantize_entry(weight, prefix + "weight")
         else:
-            q = from_native(state_dict, prefix)
+            q = read_native(state_dict, prefix)
 
         if tuple(q.shape) != (self.out_features, self.in_features):
             wanted = [self.out_features, self.in_features]

@@ -1,0 +1,81 @@
+"""The entry point that bitsandbytes calls; bnb_backend_cases.py has what it changes, for a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("bitsandbytes")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text()
+(ENTRY,) = re.findall(r'\[project\.entry-points\."bitsandbytes\.backends"\]\n(peftkern = "(.+):(.+)")\n', PROJECT)
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs Python in a process where the entry point is installed, whether or not it is in this one."""
+    installed = tmp_path / "peftkern_entry-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern-entry\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(f"[bitsandbytes.backends]\n{ENTRY[0].replace(chr(34), '')}\n")
+
+    def run(*arguments: str, setting: str | None) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+        environment.pop("PEFTKERN_BNB", None)
+        if setting is not None:
+            environment["PEFTKERN_BNB"] = setting
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_entry_point_is_there():
+    assert callable(getattr(import_module(ENTRY[1]), ENTRY[2]))
+
+
+def test_what_the_backend_changes(run):
+    done = run("-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/bnb_backend_cases.py", setting="1")
+    assert done.returncode == 0, done.stdout
+
+
+PROGRAM = """
+import bitsandbytes
+from peftkern.integrations import bnb_backend
+print(bnb_backend._registered, isinstance(vars(bitsandbytes.nn.Linear4bit).get(bnb_backend._REPACKS), property))
+"""
+
+
+@pytest.mark.parametrize(("setting", "on"), [(None, True), ("1", True), ("0", False)])
+def test_it_can_be_turned_off(setting, on, run):
+    done = run("-W", "error::UserWarning", "-c", PROGRAM, setting=setting)
+    assert (done.returncode, done.stdout) == (0, f"{on} {on}\n"), done.stderr
+    assert "peftkern" not in done.stderr and "kernel for the same" not in done.stderr
+
+
+UNKNOWN = """
+import importlib.metadata, bitsandbytes, torch
+from peftkern.integrations import bnb_backend
+(entry,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="peftkern")
+bnb_backend._registered = False
+bnb_backend._quantize_4bit = lambda theirs: lambda A, block_size: theirs(A, block_size)
+entry.load()()
+print(bnb_backend._registered)
+"""
+
+
+def test_an_unknown_bitsandbytes_is_left_alone(run):
+    done = run("-c", UNKNOWN, setting="1")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert "peftkern: the ops of this bitsandbytes are unknown; it stays on its own kernels" in done.stderr
+
+
+def test_other_settings_are_refused(run):
+    done = run("-c", PROGRAM, setting="no")
+    assert "failed to load backend peftkern: PEFTKERN_BNB must be 0 or 1, got 'no'" in done.stderr
