@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench peft-suite setup clean
+.PHONY: demo test lint bench peft-suite setup clean adapters-golden
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -37,6 +37,14 @@ $(VENV)/installed: pyproject.toml Makefile
 $(VENV)/built: $(VENV)/installed $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
 	touch $@
+
+# AdapterHub's library needs an older transformers than the tests: an environment of its own makes the files they read.
+GOLDEN := build/adapters-golden
+adapters-golden:
+	$(PYTHON) -m venv $(GOLDEN)
+	$(GOLDEN)/bin/pip install --quiet torch==2.13.0
+	$(GOLDEN)/bin/pip install --quiet adapters==1.3.0 safetensors
+	$(GOLDEN)/bin/python tests/golden/make_adapterhub.py
 
 clean:
 	rm -rf build runs peftkern/*.so $(VENV)

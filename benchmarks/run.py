@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import peaks, shapes
 from peftkern._native import caps
-from peftkern.bench.cases import CASES, contenders, work
+from peftkern.bench.cases import CASES, ROWLESS, contenders, work
 from peftkern.bench.measure import ROTATED_BYTES, interleaved, machine
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         row
         for shape in args.shapes
         for case in args.cases
-        for count in (args.rows if "linear" in case else [0])
+        for count in ([0] if case in ROWLESS else args.rows)
         for row in run_case(case, shape, count, args, limits)
     ]
     return {"peaks": limits, "rows": rows}

@@ -64,18 +64,70 @@ COMPARISONS = (
         {16: 1.05, 64: 1.1, 256: 1.1, 1024: 1.1},
     ),
     Comparison("`nf4_linear` fp32 forward / dense fp32", "nf4_linear forward fp32", "torch dense float32", {256: 1.8}),
+    Comparison(
+        "`dora_linear` on NF4, training step / PEFT + bitsandbytes",
+        "dora_linear nf4 forward+backward",
+        "PEFT + bitsandbytes",
+        {16: 20.0, 256: 6.0},
+    ),
+    Comparison(
+        "`dora_linear` on dense bf16, training step / PEFT",
+        "dora_linear dense forward+backward",
+        "PEFT",
+        {16: 20.0, 256: 6.0},
+    ),
+    Comparison(
+        "`ia3_linear` on NF4, training step / PEFT + bitsandbytes",
+        "ia3_linear nf4 forward+backward",
+        "PEFT + bitsandbytes",
+        {16: 5.0, 256: 1.5},
+    ),
 )
-# The cost of an adapter: case and, by rows, the most of our lora_linear / our nf4_linear that is aimed at.
+# The cost of an adapter: our time over that of our other op, and the most that is aimed at.
+_LORA_COST = {16: 1.25, 64: 1.12, 256: 1.08, 1024: 1.08}
 OVERHEADS = (
-    ("cost of `lora_linear` over `nf4_linear`, training step, at most", "lora_linear nf4 forward+backward"),
-    ("the same, dropout 0.1", "lora_linear nf4 forward+backward dropout 0.1"),
+    Comparison(
+        "cost of `lora_linear` over `nf4_linear`, training step, at most",
+        "lora_linear nf4 forward+backward",
+        "peftkern nf4_linear",
+        _LORA_COST,
+    ),
+    Comparison(
+        "the same, dropout 0.1",
+        "lora_linear nf4 forward+backward dropout 0.1",
+        "peftkern nf4_linear",
+        _LORA_COST,
+    ),
+    Comparison(
+        "cost of `dora_linear` over `lora_linear` on NF4, at most",
+        "dora_linear nf4 forward+backward",
+        "peftkern lora_linear",
+        {16: 1.6, 256: 1.15},
+    ),
+    Comparison(
+        "cost of `dora_linear` over `lora_linear` on dense bf16, at most",
+        "dora_linear dense forward+backward",
+        "peftkern lora_linear",
+        {16: 1.6, 256: 1.15},
+    ),
+    Comparison(
+        "cost of `ia3_linear` over `nf4_linear`, at most",
+        "ia3_linear nf4 forward+backward",
+        "peftkern nf4_linear",
+        {256: 1.03},
+    ),
 )
-OVERHEAD_TARGETS = {16: 1.25, 64: 1.12, 256: 1.08, 1024: 1.08}
 TIMES = (
     ("`nf4_linear` forward", "nf4_linear forward"),
     ("`lora_linear` on NF4, training step", "lora_linear nf4 forward+backward"),
 )
-CONVERSIONS = ("nf4_quantize", "nf4_dequantize")
+# Cases without rows, told in a sentence: case -> peer.
+ROWLESS = {
+    "nf4_quantize": "bitsandbytes",
+    "nf4_dequantize": "bitsandbytes",
+    "dora_norm nf4": "torch dense bfloat16",
+    "prompt_embedding forward+backward": "torch",
+}
 LEGEND = (
     "Ratios are times: above 1 the peer takes longer. In brackets what is aimed at, bold where it is met. "
     "A training step is forward and backward; rank 16, fp32 adapters."
@@ -145,9 +197,9 @@ def _lines(rows: list[dict[str, Any]], counts: list[int], with_targets: bool) ->
     for title, case, peer, targets in COMPARISONS:
         ratios = [_ratio(times.get((case, peer, n)), ours(case, n)) for n in counts]
         lines.append((title, [_cell(ratio, target(targets, n)) for n, ratio in zip(counts, ratios)]))
-    for title, case in OVERHEADS:
-        ratios = [_ratio(ours(case, n), times.get((case, "peftkern nf4_linear", n))) for n in counts]
-        cells = [_cell(ratio, target(OVERHEAD_TARGETS, n), at_most=True) for n, ratio in zip(counts, ratios)]
+    for title, case, base, targets in OVERHEADS:
+        ratios = [_ratio(ours(case, n), times.get((case, base, n))) for n in counts]
+        cells = [_cell(ratio, target(targets, n), at_most=True) for n, ratio in zip(counts, ratios)]
         lines.append((title, cells))
     for title, case in TIMES:
         milliseconds = [ours(case, n) for n in counts]
@@ -163,22 +215,22 @@ def _grid(lines: list[tuple[str, list[str]]]) -> str:
     return "\n".join([text[0], "|---|" + "---|" * len(lines[0][1]), *text[1:]])
 
 
-def _conversions(rows: list[dict[str, Any]]) -> str:
-    """A sentence on quantising and dequantising."""
+def _rowless(rows: list[dict[str, Any]]) -> str:
+    """A sentence on the cases without rows."""
     times = {(row["case"], row["contender"]): row["median_ms"] for row in rows}
     parts = []
-    for case in CONVERSIONS:
-        ours, peer = times.get((case, "peftkern")), times.get((case, "bitsandbytes"))
+    for case, name in ROWLESS.items():
+        ours, peer = times.get((case, "peftkern")), times.get((case, name))
         if ours is not None:
-            beside = "" if peer is None else f" (bitsandbytes {peer:.3g} ms, {_cell(peer / ours, None)} times as long)"
+            beside = "" if peer is None else f" ({name} {peer:.3g} ms, {_cell(peer / ours, None)} times as long)"
             parts.append(f"`{case}` {ours:.3g} ms{beside}")
     return "; ".join(parts) + "." if parts else ""
 
 
 def _table(place: Place, rows: list[dict[str, Any]]) -> str:
-    counts = sorted({row["rows"] for row in rows if row["case"] not in CONVERSIONS})
+    counts = sorted({row["rows"] for row in rows if row["rows"]})
     lines = [("rows", [str(n) for n in counts]), *_lines(rows, counts, with_targets=not place.cached)]
-    parts = [f"**{place}**", _grid(lines) if counts else "", _conversions(rows)]
+    parts = [f"**{place}**", _grid(lines) if counts else "", _rowless(rows)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -24,6 +24,25 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor lora_b, float scaling, float dropout_p, Tensor? seed, bool need_x, bool need_a, bool need_b) "
         "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
     m.def(
+        "lora_qkv(Tensor x, Tensor[] weights, Tensor[] scales, int[] scale_counts, int[] block_sizes, "
+        "SymInt[] out_features, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, Tensor[] biases, "
+        "float dropout_p, Tensor? seeds) -> (Tensor[] ys, Tensor h)");
+    m.def(
+        "lora_qkv_backward(Tensor[] grad_ys, Tensor x, Tensor h, Tensor[] weights, Tensor[] scales, "
+        "int[] scale_counts, int[] block_sizes, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, "
+        "float dropout_p, Tensor? seeds, bool need_x, bool need_a, bool need_b) "
+        "-> (Tensor grad_x, Tensor grad_a, Tensor[] grad_bs)");
+    m.def(
+        "lora_mlp(Tensor x, Tensor[] weights, Tensor[] scales, int[] scale_counts, int[] block_sizes, "
+        "SymInt[] out_features, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, Tensor[] biases, "
+        "str activation, float dropout_p, Tensor? seeds) -> (Tensor y, Tensor gate, Tensor up, Tensor h)");
+    m.def(
+        "lora_mlp_backward(Tensor grad_y, Tensor x, Tensor gate, Tensor up, Tensor h, Tensor[] weights, "
+        "Tensor[] scales, int[] scale_counts, int[] block_sizes, Tensor[] lora_as, Tensor[] lora_bs, "
+        "float[] scalings, str activation, float dropout_p, Tensor? seeds, bool need_x, bool need_a, bool need_b, "
+        "bool need_inner) -> (Tensor grad_x, Tensor grad_a, Tensor grad_down_a, Tensor[] grad_bs, Tensor product, "
+        "Tensor grad_gate, Tensor grad_up)");
+    m.def(
         "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
     m.def(
@@ -61,5 +80,21 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "prompt_embedding_backward(Tensor grad, Tensor input_ids, Tensor? prompt_ids, Tensor? prompt_places, "
         "SymInt vocabulary, SymInt prompts, ScalarType prompt_dtype, bool need_weight, bool need_prompt) "
         "-> (Tensor grad_weight, Tensor grad_prompt)");
+    m.def(
+        "bottleneck_adapter(Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
+        "str activation, float scaling, Tensor? residual) -> (Tensor y, Tensor z)");
+    m.def(
+        "bottleneck_adapter_backward(Tensor grad_y, Tensor x, Tensor z, Tensor down_weight, Tensor down_bias, "
+        "Tensor up_weight, Tensor up_bias, str activation, float scaling, bool adds_x, bool need_x, "
+        "bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias) -> (Tensor grad_x, "
+        "Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, Tensor grad_up_bias)");
+    m.def(
+        "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
+        "Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)");
+    m.def(
+        "prefix_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+        "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
+        "bool need_tokens, bool need_prefix) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)");
     m.def("cpu_tiles_run(str isa) -> int");
 }

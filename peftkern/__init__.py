@@ -1,17 +1,22 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning, as torch functions and modules."""
 
 from peftkern import nn
+from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
 from peftkern.integrations.peft import accelerate, restore
 from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
+from peftkern.ops.bottleneck_adapter import bottleneck_adapter
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_mlp import lora_mlp
+from peftkern.ops.lora_qkv import lora_qkv
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
+from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prompt_embedding import prompt_embedding
 from peftkern.tuning import (
     add_lora,
@@ -34,21 +39,26 @@ __all__ = [
     "NF4Weight",
     "accelerate",
     "add_lora",
+    "bottleneck_adapter",
     "delete_adapter",
     "disable_adapters",
     "dora_linear",
     "enable_adapters",
     "explain",
+    "fuse_blocks",
     "ia3_linear",
     "load",
     "load_adapter",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "loraplus_groups",
     "merge",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
     "nn",
+    "prefix_attention",
     "prompt_embedding",
     "quantize",
     "report",
@@ -57,5 +67,6 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "tune",
+    "unfuse_blocks",
     "unmerge",
 ]

@@ -152,11 +152,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An `adapter_config.json` of any method.
+    """An `adapter_config.json` of any method. Its "peft_type" is None if AdapterHub wrote it.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is not a JSON object with a "peft_type".
+        ValueError: it is not a JSON object with a "peft_type" or AdapterHub's "config".
     """
     try:
         config = json.loads(path.read_bytes())
@@ -164,7 +164,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"load: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"load: {path} must be a JSON object, got {type(config).__name__}")
-    if "peft_type" not in config:
+    if config.setdefault("peft_type", None) is None and "config" not in config:
         raise ValueError(f"load: {path} has no 'peft_type'")
     return config
 
@@ -222,8 +222,12 @@ def write_adapter(directory: Path, file: AdapterFile) -> None:
     write_pair(directory, _config(file), tensors)
 
 
-def read_adapter(directory: Path) -> AdapterFile:
+def read_adapter(directory: Path, use_dora: bool = False) -> AdapterFile:
     """Reads both files and checks them against each other.
+
+    Args:
+        directory: where they are.
+        use_dora: whether they must be DoRA's, or LoRA's.
 
     Raises:
         FileNotFoundError: one is missing.
@@ -232,6 +236,10 @@ def read_adapter(directory: Path) -> AdapterFile:
     """
     check_pair(directory)
     config = _read_lora_config(directory / CONFIG_NAME)
+    if bool(config.get("use_dora")) != use_dora:
+        raise ValueError(
+            f"load: {directory / CONFIG_NAME}: use_dora is not supported by this method, got {config.get('use_dora')!r}"
+        )
     where = str(directory / TENSORS_NAME)
     wanted = _PARTS if config.get("use_dora") else _PARTS[:2]
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -250,7 +258,9 @@ def read_adapter(directory: Path) -> AdapterFile:
     factors, settings = {}, {}
     for path, pair in pairs.items():
         if len(pair) != len(wanted):
-            raise ValueError(f'load: {where}: "{path}" has {" and ".join(sorted(pair))} alone')
+            raise ValueError(
+                f'load: {where}: "{path}" has {" and ".join(sorted(p.removesuffix(".weight") for p in pair))} alone'
+            )
         settings[path] = _settings(config, path)
         factors[path] = tuple(pair[part] for part in wanted)
         a, b = factors[path][:2]

@@ -14,6 +14,7 @@ from peftkern._native import ops
 from peftkern.integrations.peft import explain_layer
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
+from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn._merge import weight_dtype
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
@@ -66,6 +67,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
+    blocks = (module for module in model.modules() if isinstance(module, FusedBlock))
+    fused = {layer: block.op for block in blocks for layer in block.fused_layers()}
     records = []
     within = None
     for path, module in outer_modules(model):
@@ -76,18 +79,19 @@ def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
             records.append(Explanation(path, *peft_layer))
             within = path + "." * bool(path) if records[-1].implementation != "torch" else None
         elif isinstance(module, AdapterModule | NF4Linear):
-            records.append(_explain_layer(path, module, x))
+            records.append(_explain_layer(path, module, x, fused.get(module)))
     return records
 
 
-def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None) -> Explanation:
+def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None, fused: str | None) -> Explanation:
+    """`fused` is the op that runs it together with others, if there is one."""
     state = _state(layer)
     if isinstance(layer, AdapterModule) and not isinstance(layer, AdaptedLinear):
         return _explain_module(path, layer, x, state)
     plain = layer.effective_layer if isinstance(layer, AdaptedLinear) else layer
-    if plain is not None and not isinstance(plain, NF4Linear):
+    if fused is None and plain is not None and not isinstance(plain, NF4Linear):
         return Explanation(path, "linear", "torch", f"{state}: a dense layer alone")
-    op = cast(AdaptedLinear, layer).op if plain is None else "nf4_linear"
+    op = fused or (cast(AdaptedLinear, layer).op if plain is None else "nf4_linear")
     base = cast(AdaptedLinear, layer).base_layer if plain is None else plain
     return _chosen(path, op, _probe(base, x), state)
 

@@ -29,7 +29,19 @@ PEERS = {
     "lora_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],
+    "lora_qkv nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "lora_qkv dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "lora_mlp nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "lora_mlp dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "dora_linear nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "dora_linear dense forward+backward": ["peftkern lora_linear", "PEFT"],
+    "dora_norm nf4": ["torch dense bfloat16"],
+    "ia3_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "prompt_embedding forward+backward": ["torch"],
+    "bottleneck_adapter forward+backward": ["torch eager"],
+    "prefix_attention forward": ["torch concatenated"],
+    "prefix_attention forward+backward": ["torch concatenated"],
+    "prefix_attention forward+backward fp32": ["torch concatenated"],
 }
 
 
@@ -108,7 +120,7 @@ def test_quick_run_records_what_the_figures_depend_on(quick):
     assert report["commit"] == run.commit()
     assert report["peaks"]["1"]["read_bandwidth"] > 0
     places = {(row["case"], row["rows"]) for row in report["rows"]}
-    assert places == {(case, rows) for case in cases.CASES for rows in ((1, 16) if "linear" in case else (0,))}
+    assert places == {(case, rows) for case in cases.CASES for rows in ((0,) if case in cases.ROWLESS else (1, 16))}
     for row in report["rows"]:
         assert row["contender"] in ["peftkern", *PEERS[row["case"]]]
         assert (row["shape"], row["threads"], row["isa"], row["cached"]) == ([512, 512], 1, caps.isa(), True)

@@ -58,6 +58,18 @@ def test_every_public_function(quantized):
     calls = {
         peftkern.nf4_linear: (torch.zeros(3, 16), q),
         peftkern.lora_linear: lora_arguments(),
+        peftkern.lora_qkv: (torch.zeros(3, 16), [q], [None], [None], [1.0]),
+        peftkern.lora_mlp: (torch.zeros(3, 16), q, q, torch.zeros(4, 8), {}),
+        peftkern.dora_linear: (*lora_arguments(), torch.ones(lora_arguments()[1].shape[0])),
+        peftkern.ia3_linear: (torch.zeros(3, 16), q, torch.ones(q.shape[0])),
+        peftkern.bottleneck_adapter: (
+            torch.zeros(3, 4),
+            torch.zeros(2, 4),
+            torch.zeros(2),
+            torch.zeros(4, 2),
+            torch.zeros(4),
+        ),
+        peftkern.prompt_embedding: (torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 4)),
         peftkern.nf4_quantize: (torch.zeros(8, 16),),
         peftkern.nf4_dequantize: (q,),
     }

@@ -146,6 +146,22 @@ def test_threads_change_nothing(isa: str, dtype: torch.dtype, set_threads: Any, 
             assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing_where_the_output_is_narrow(
+    isa: str, dtype: torch.dtype, set_threads: Any, seed: int
+) -> None:
+    """Rows are shared then, but never so few that the kernel for few rows takes some of them."""
+    weight = random_nf4((33, 64))
+    for rows in (40, 70, 130, 256):
+        inputs = linear_inputs(weight, torch.randn(rows, 64).to(dtype), dtype)
+        results = []
+        for threads in (1, 2, 3, 5, 8):
+            set_threads(threads)
+            results.append(gradients(native, inputs, torch.ones(rows, 33).to(dtype)))
+        for result in results[1:]:
+            assert_same_bits(result, results[0])
+
+
 def test_rows_do_not_depend_on_what_is_beside_them(isa: str, seed: int) -> None:
     """Rows beyond the largest tile give what a single tile of the same kind gives."""
     weight = random_nf4((70, 320))

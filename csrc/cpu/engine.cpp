@@ -74,8 +74,23 @@ void* workspace(size_t bytes) {
     return memory.get();
 }
 
+// Fewer rows of a tile than this pay too much for packing the weight. Much fewer would also take the kernel for few
+// rows, whose last bits differ, and the bits must not depend on the number of threads.
+constexpr int64_t kLeastSharedRows = 32;
+
+int64_t rows_of_tiles(int64_t m, int64_t tiles) {
+    return round_up(divide_up(m, tiles), kTileRowStep);
+}
+
 std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
-    const int64_t row_tiles = divide_up(gemm.m, kTileRows), rows = round_up(divide_up(gemm.m, row_tiles), kTileRowStep);
+    int64_t row_tiles = divide_up(gemm.m, kTileRows);
+    // Where the columns are too few to share: rows, as long as a thread gets enough of them.
+    if (row_tiles * divide_up(gemm.n, kTileColumnStep) < threads) {
+        int64_t more = std::min(threads, gemm.m / kLeastSharedRows);
+        while (more > row_tiles && gemm.m % rows_of_tiles(gemm.m, more) % kLeastSharedRows) --more;
+        row_tiles = std::max(row_tiles, more);
+    }
+    const int64_t rows = rows_of_tiles(gemm.m, row_tiles);
     int64_t column_tiles = divide_up(gemm.n, kTileColumns);
     if (row_tiles % threads) column_tiles = round_up(column_tiles, threads);
     const int64_t columns = round_up(divide_up(gemm.n, column_tiles), kTileColumnStep);
@@ -247,6 +262,13 @@ void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns) {
     count_tiles(kernels, blocks);
 }
 
+void gated_activation(const char* op, const GatedActivation& pass, int64_t elements) {
+    const GemmKernels& kernels = level_in_use(op);
+    torch::stable::parallel_for(0, elements, kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernels.gated_activation(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
     const GemmKernels& kernels = level_in_use(op);
     const int64_t elements = (rows + pass.offsets[rows]) * pass.columns;
@@ -254,6 +276,19 @@ void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
     torch::stable::parallel_for(0, rows, grain,
                                 [&](int64_t begin, int64_t end) { kernels.sum_rows(&pass, begin, end); });
     count_tiles(kernels, 1);
+}
+
+void activate(const char* op, const Activate& pass, int64_t elements) {
+    const GemmKernels& kernels = level_in_use(op);
+    torch::stable::parallel_for(0, elements, kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernels.activate(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
+Isa level_for(const char* op, int64_t tiles) {
+    const GemmKernels& kernels = level_in_use(op);
+    count_tiles(kernels, tiles);
+    return static_cast<Isa>(std::find(kLevels, kLevels + kIsaCount, &kernels) - kLevels);
 }
 
 Tensor empty_with_columns(const Tensor& like, int64_t columns) {

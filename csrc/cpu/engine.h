@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 
 namespace peftkern {
 
@@ -54,7 +55,12 @@ void run(const char* op, const Gemm& gemm);
 // Passes over activations, on torch's threads at the level in use.
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);
 void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
+void gated_activation(const char* op, const GatedActivation& pass, int64_t elements);
 void sum_rows(const char* op, const SumRows& pass, int64_t rows);
+void activate(const char* op, const Activate& pass, int64_t elements);
+
+// The level in use, which is counted as having run so many tiles.
+Isa level_for(const char* op, int64_t tiles);
 
 Tensor empty_with_columns(const Tensor& like, int64_t columns);
 Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns);

@@ -48,6 +48,7 @@ struct Contraction {
     Dropout weight_dropout;  // only with a dense weight stored [depth, n]
     bool bf16_dot;  // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
     Dropout result_dropout;  // applied to the tile after this term
+    Dropout term_dropout;    // applied to this term alone; not with bf16_dot
 };
 
 constexpr int kMaxContractions = 6;
@@ -102,6 +103,17 @@ struct ScaleColumns {
     int64_t rows;
 };
 
+enum class Activation { kRelu, kGelu, kGeluTanh, kSilu, kTanh };
+
+// product = act(gate) * up and, with grad, grad_gate = grad * up * act'(gate) and grad_up = grad * act(gate), over
+// dense elements of one dtype. Outputs may be null, and one of them may be grad.
+struct GatedActivation {
+    const void *gate, *up, *grad;
+    void *product, *grad_gate, *grad_up;
+    Dtype dtype;
+    Activation activation;
+};
+
 // out[r] = the sum, in this order, of the rows[index[i]] with offsets[r] <= i < offsets[r + 1]; zeros where there is
 // none.
 struct SumRows {
@@ -112,6 +124,16 @@ struct SumRows {
     int64_t columns;
 };
 
+// value = scale * f(z) and grad = scale * grad * f'(z), in place, of dense elements; either may be null.
+struct Activate {
+    Activation activation;
+    float scale;
+    const float* z;
+    void* value;
+    Dtype value_dtype;
+    float* grad;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -119,7 +141,9 @@ struct GemmKernels {
     void (*split_dropout)(const SplitDropout* pass, int64_t row_begin, int64_t row_end);
     // Up to kTileColumns columns from a multiple of kTileColumnStep.
     void (*scale_columns)(const ScaleColumns* pass, int64_t column_begin, int64_t column_end);
+    void (*gated_activation)(const GatedActivation* pass, int64_t begin, int64_t end);
     void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
+    void (*activate)(const Activate* pass, int64_t begin, int64_t end);
 };
 
 extern "C" {

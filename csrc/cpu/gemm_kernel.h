@@ -22,8 +22,11 @@ constexpr int64_t kChunkWords = 256;
 constexpr int64_t kPackedStride = kChunkWords + 16;
 constexpr int64_t kAccumulatorStride = kTileColumns + 16;
 
+// Rows of a masked term that are computed at once, beside the accumulator: 0.1 MiB.
+constexpr int64_t kMaskedRows = 48;
+
 struct Workspace {
-    float* accumulator;
+    float *accumulator, *masked;
     uint32_t* rows;
     uint32_t* stripe;
     uint8_t* staged_codes;
@@ -31,18 +34,20 @@ struct Workspace {
 
     static constexpr size_t kAccumulatorBytes = sizeof(float) * kTileRows * kAccumulatorStride;
     static constexpr size_t kRowsBytes = sizeof(uint32_t) * kTileRows * kPackedStride;
+    static constexpr size_t kMaskedBytes = sizeof(float) * kMaskedRows * kAccumulatorStride;
     static constexpr size_t kStripeBytes = sizeof(uint32_t) * kChunkWords * Simd::kVectors * Simd::kLanes;
 
     explicit Workspace(void* memory) {
         auto* p = static_cast<uint8_t*>(memory);
         accumulator = reinterpret_cast<float*>(p);
-        rows = reinterpret_cast<uint32_t*>(p += kAccumulatorBytes);
+        masked = reinterpret_cast<float*>(p += kAccumulatorBytes);
+        rows = reinterpret_cast<uint32_t*>(p += kMaskedBytes);
         stripe = reinterpret_cast<uint32_t*>(p += kRowsBytes);
         staged_codes = p += kStripeBytes;
         staged_scales = reinterpret_cast<float*>(p += kStagedCodesBytes);
     }
     static size_t bytes(const Gemm*) {
-        return kAccumulatorBytes + kRowsBytes + kStripeBytes + kStagedCodesBytes + kStagedScalesBytes;
+        return kAccumulatorBytes + kMaskedBytes + kRowsBytes + kStripeBytes + kStagedCodesBytes + kStagedScalesBytes;
     }
 };
 
@@ -99,9 +104,51 @@ void multiply_rows(int64_t rows, const uint32_t* x, const uint32_t* w, int64_t w
     multiply_rest<Dot, R, V>(rows, x, w, words, c);
 }
 
-template <int V>
+// c [R, V * lanes] += x [R, words] @ w, with x where it lies, its rows `pitch` bytes apart; the next R rows are
+// fetched.
+template <class Dot, int R, int V>
+void multiply_in_place(const uint8_t* x, int64_t pitch, const uint32_t* w, int64_t words, float* c) {
+    constexpr int64_t kLine = 16;
+    Simd::F acc[R][V];
+    load_tile<R, V>(c, acc);
+    for (int64_t begin = 0; begin < words; begin += kLine) {
+        const int64_t end = smaller(words, begin + kLine);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) __builtin_prefetch(x + (R + r) * pitch + 4 * begin);
+        for (int64_t k = begin; k < end; ++k, w += V * Simd::kLanes) {
+            typename Dot::W column[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) column[v] = Dot::load(w + v * Simd::kLanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const auto row = Dot::broadcast(reinterpret_cast<const uint32_t*>(x + r * pitch) + k);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) acc[r][v] = Dot::dot(acc[r][v], row, column[v]);
+            }
+        }
+    }
+    store_tile<R, V>(c, acc);
+}
+
+template <class Dot, int R, int V>
+void multiply_rest_in_place(int64_t rows, const uint8_t* x, int64_t pitch, const uint32_t* w, int64_t words, float* c) {
+    if constexpr (R > 1) {
+        if (rows == R - 1) return multiply_in_place<Dot, R - 1, V>(x, pitch, w, words, c);
+        multiply_rest_in_place<Dot, R - 1, V>(rows, x, pitch, w, words, c);
+    }
+}
+
+template <class Dot, int V>
+void multiply_rows_in_place(int64_t rows, const uint8_t* x, int64_t pitch, const uint32_t* w, int64_t words, float* c) {
+    constexpr int R = Simd::kRows;
+    for (; rows >= R; rows -= R, x += R * pitch, c += R * kAccumulatorStride)
+        multiply_in_place<Dot, R, V>(x, pitch, w, words, c);
+    multiply_rest_in_place<Dot, R, V>(rows, x, pitch, w, words, c);
+}
+
+template <auto V>
 struct Constant {
-    static constexpr int value = V;
+    static constexpr auto value = V;
 };
 
 // Calls use(integral constant V) for the number of vectors that `columns` columns need.
@@ -153,9 +200,11 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
     const int64_t step = few_rows && rows > Simd::kRows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
     static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
     StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
+    // Packing rows pays where several stripes share them.
+    const bool in_place = !few_rows && tile.n_end - tile.n_begin <= step && Dot::words_in_place(c);
     for (int64_t k = 0; k < c.depth; k += kChunkWords * Dot::kDepth) {
         const int64_t depth = smaller(kChunkWords * Dot::kDepth, c.depth - k), words = divide_up(depth, Dot::kDepth);
-        for (int64_t m = 0; m < rows; ++m)
+        for (int64_t m = 0; m < rows && !in_place; ++m)
             Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
         if (c.nf4 && !c.weight_transposed && aligned(*c.nf4))
             staged.fill(*c.nf4, k, depth, tile.n_begin, tile.n_end - tile.n_begin);
@@ -166,6 +215,10 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
                 constexpr int V = decltype(vectors)::value;
                 if (few_rows) return multiply_few_rows<Dot, V>(rows, w, workspace.rows, accumulator);
                 pack_stripe<Dot, V>(w, workspace.stripe);
+                if (in_place)
+                    return multiply_rows_in_place<Dot, V>(rows, element_at(c.x, tile.m_begin, k),
+                                                          c.x.stride * element_bytes(c.x.dtype), workspace.stripe,
+                                                          words, accumulator);
                 multiply_rows<Dot, V>(rows, workspace.rows, workspace.stripe, words, accumulator);
             });
         }
@@ -176,34 +229,76 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
                           workspace.accumulator + m * kAccumulatorStride);
 }
 
+// The same for a term of which a mask drops results, on a tile that holds others.
+template <class Dot>
+void contract_masked(const Contraction& c, const Tile& tile, const Workspace& workspace) {
+    Workspace part = workspace;
+    part.accumulator = workspace.masked;
+    for (int64_t begin = tile.m_begin; begin < tile.m_end; begin += kMaskedRows) {
+        const int64_t rows = smaller(kMaskedRows, tile.m_end - begin), columns = tile.n_end - tile.n_begin;
+        memset(part.accumulator, 0, static_cast<size_t>(rows * kAccumulatorStride) * sizeof(float));
+        contract<Dot>(c, {begin, begin + rows, tile.n_begin, tile.n_end}, part);
+        for (int64_t m = 0; m < rows; ++m)
+            apply_dropout(c.term_dropout, begin + m, tile.n_begin, columns, part.accumulator + m * kAccumulatorStride);
+        float* sum = workspace.accumulator + (begin - tile.m_begin) * kAccumulatorStride;
+        for (int64_t m = 0; m < rows * kAccumulatorStride; m += kAccumulatorStride)
+            for (int64_t n = m; n < m + columns; n += Simd::kLanes)
+                Simd::store(sum + n, Simd::load(sum + n) + Simd::load(part.accumulator + n));
+    }
+}
+
 inline uint8_t* output_at(const Gemm& g, int64_t row, int64_t column) {
     return static_cast<uint8_t*>(g.out) + (row * g.out_stride + column) * element_bytes(g.out_dtype);
+}
+
+struct Variable {
+    Dtype value;
+};
+
+template <class OutDtype, class AddedDtype>
+void write_rows(const Gemm& g, const Tile& tile, const float* accumulator, OutDtype out, AddedDtype added) {
+    const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
+    for (int64_t m = 0; m < rows; ++m) {
+        const auto write_vector = [&](int64_t n, int64_t count) {
+            const int64_t column = tile.n_begin + n;
+            Simd::F v = Simd::load(accumulator + m * kAccumulatorStride + n);
+            if (g.bias)
+                v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
+            if (g.residual.data)
+                v = v + load_elements(element_at(g.residual, tile.m_begin + m, column), added.value, count);
+            store_elements(output_at(g, tile.m_begin + m, column), out.value, count, v);
+        };
+        int64_t n = 0;
+        for (; n + Simd::kLanes <= columns; n += Simd::kLanes) write_vector(n, Simd::kLanes);
+        if (n < columns) write_vector(n, columns - n);
+    }
 }
 
 // Adds bias and residual to the accumulator and rounds it, once, into the output.
 inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
     const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
     if (g.out_transposed) {
-        float column[Simd::kLanes] = {};
-        for (int64_t n = 0; n < columns; ++n)
-            for (int64_t m = 0; m < rows; m += Simd::kLanes) {
-                const int64_t count = smaller(Simd::kLanes, rows - m);
-                for (int64_t i = 0; i < count; ++i) column[i] = accumulator[(m + i) * kAccumulatorStride + n];
-                uint8_t* p = output_at(g, tile.n_begin + n, tile.m_begin + m);
-                store_elements(p, g.out_dtype, count, Simd::load(column));
+        // Blocks reach behind the tile's last row and column, where the workspace goes on.
+        constexpr int L = Simd::kLanes;
+        Simd::I block[L];
+        for (int64_t n = 0; n < columns; n += L)
+            for (int64_t m = 0; m < rows; m += L) {
+                const float* from = accumulator + m * kAccumulatorStride + n;
+                Simd::transpose_words(reinterpret_cast<const uint8_t*>(from), sizeof(float) * kAccumulatorStride,
+                                      block);
+                for (int64_t i = 0; i < smaller(L, columns - n); ++i)
+                    store_elements(output_at(g, tile.n_begin + n + i, tile.m_begin + m), g.out_dtype,
+                                   smaller(L, rows - m), Simd::as_floats(block[i]));
             }
         return;
     }
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t n = 0; n < columns; n += Simd::kLanes) {
-            const int64_t column = tile.n_begin + n, count = smaller(Simd::kLanes, columns - n);
-            Simd::F v = Simd::load(accumulator + m * kAccumulatorStride + n);
-            if (g.bias)
-                v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
-            if (g.residual.data)
-                v = v + load_elements(element_at(g.residual, tile.m_begin + m, column), g.residual.dtype, count);
-            store_elements(output_at(g, tile.m_begin + m, column), g.out_dtype, count, v);
-        }
+    // The dtypes as constants, else their choice costs more than the rest.
+    const Dtype added = g.residual.data ? g.residual.dtype : g.out_dtype;
+    if (g.out_dtype == Dtype::kBFloat16 && added == Dtype::kBFloat16)
+        return write_rows(g, tile, accumulator, Constant<Dtype::kBFloat16>(), Constant<Dtype::kBFloat16>());
+    if (g.out_dtype == Dtype::kFloat32 && added == Dtype::kFloat32)
+        return write_rows(g, tile, accumulator, Constant<Dtype::kFloat32>(), Constant<Dtype::kFloat32>());
+    write_rows(g, tile, accumulator, Variable{g.out_dtype}, Variable{added});
 }
 
 // Keeps the sum of the leading contractions if asked to, and scales it.
@@ -223,6 +318,49 @@ inline void scale(const Gemm& g, const Tile& tile, float* accumulator) {
         }
 }
 
+// Whether a gemm is one product so shallow that reading and writing its tile in fp32 costs as much as multiplying.
+inline bool is_shallow(const Gemm& g, int64_t rows, int64_t chunk_depth) {
+    const Contraction& c = g.contractions[0];
+    return g.contraction_count == 1 && c.depth <= chunk_depth && !c.nf4 && !c.result_dropout.threshold &&
+           !g.column_scale && !g.out_transposed && rows > Simd::kNarrowRows;
+}
+
+// Packs as many stripes as the stripe's memory holds, then takes few rows at a time through all of them and, from L1,
+// to the output: long runs of few rows, since rows that lie a power of two apart share the same few cache sets.
+template <class Dot>
+void run_shallow(const Gemm& g, const Tile& tile, const Workspace& workspace) {
+    constexpr int R = Simd::kRows, kStep = Simd::kVectors * Simd::kLanes;
+    const Contraction& c = g.contractions[0];
+    const StagedCodes none = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
+    const int64_t words = divide_up(c.depth, Dot::kDepth);
+    const int64_t stripes = words ? kChunkWords / words : kTileColumns / kStep;
+    for (int64_t m = tile.m_begin; m < tile.m_end; ++m)
+        Dot::pack_row(c, m, 0, c.depth, workspace.rows + (m - tile.m_begin) * kPackedStride);
+    for (int64_t begin = tile.n_begin; begin < tile.n_end; begin += stripes * kStep) {
+        const int64_t end = smaller(begin + stripes * kStep, tile.n_end);
+        const auto for_each_stripe = [&](auto use) {
+            for (int64_t n = begin; n < end; n += kStep)
+                with_vectors(smaller(kStep, end - n),
+                             [&](auto vectors) { use(n, vectors, workspace.stripe + (n - begin) * words); });
+        };
+        for_each_stripe([&](int64_t n, auto vectors, uint32_t* stripe) {
+            pack_stripe<Dot, decltype(vectors)::value>({c, none, 0, c.depth, n, smaller(kStep, end - n)}, stripe);
+        });
+        for (int64_t m = tile.m_begin; m < tile.m_end; m += R) {
+            const Tile part = {m, smaller(m + R, tile.m_end), begin, end};
+            const int64_t rows = part.m_end - m;
+            const uint32_t* x = workspace.rows + (m - tile.m_begin) * kPackedStride;
+            for (int64_t r = 0; r < rows; ++r)
+                memset(workspace.accumulator + r * kAccumulatorStride, 0,
+                       sizeof(float) * static_cast<size_t>(divide_up(end - begin, kStep) * kStep));
+            for_each_stripe([&](int64_t n, auto vectors, const uint32_t* stripe) {
+                multiply_rows<Dot, decltype(vectors)::value>(rows, x, stripe, words, workspace.accumulator + n - begin);
+            });
+            write(g, part, workspace.accumulator);
+        }
+    }
+}
+
 struct NoDecode {
     static bool takes(const Contraction&, int64_t) { return false; }
     static void run(const Contraction&, const Tile&, const Workspace&) {}
@@ -233,6 +371,9 @@ template <class MainDot, class Decode = NoDecode>
 void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
     const Workspace workspace(memory);
     const int64_t rows = tile->m_end - tile->m_begin;
+    const bool bf16 = gemm->contractions[0].bf16_dot;
+    if (is_shallow(*gemm, rows, kChunkWords * (bf16 ? MainDot::kDepth : Fp32Dot::kDepth)))
+        return bf16 ? run_shallow<MainDot>(*gemm, *tile, workspace) : run_shallow<Fp32Dot>(*gemm, *tile, workspace);
     memset(workspace.accumulator, 0, static_cast<size_t>(rows * kAccumulatorStride) * sizeof(float));
     for (int i = 0; i < gemm->contraction_count; ++i) {
         const Contraction& c = gemm->contractions[i];
@@ -240,6 +381,8 @@ void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
             Decode::run(c, *tile, workspace);
         else if (c.bf16_dot)
             contract<MainDot>(c, *tile, workspace);
+        else if (c.term_dropout.threshold)
+            contract_masked<Fp32Dot>(c, *tile, workspace);
         else
             contract<Fp32Dot>(c, *tile, workspace);
         if (gemm->column_scale && i + 1 == gemm->scaled_count) scale(*gemm, *tile, workspace.accumulator);

@@ -1,9 +1,8 @@
-// The GEMM engine at the level "scalar". Compiled with that instruction set: nothing but extern "C" symbols may leave.
+// The engine's kernels at the level "scalar". Compiled with that instruction set: nothing but extern "C" symbols may
+// leave.
 #include "cpu/simd_portable.h"
-// Above: the vector operations that the headers below are written in.
-#include "cpu/gemm_kernel.h"
-#include "cpu/passes_kernel.h"
+// Above: the vector operations that the header below is written in.
+#include "cpu/kernels.h"
 
-extern "C" const peftkern::GemmKernels peftkern_gemm_scalar = {peftkern::run_tile<peftkern::Fp32Dot>,
-                                                               peftkern::Workspace::bytes, peftkern::split_dropout,
-                                                               peftkern::scale_columns, peftkern::sum_rows};
+extern "C" const peftkern::GemmKernels peftkern_gemm_scalar = peftkern::kernels<peftkern::Fp32Dot>();
+extern "C" const peftkern::PrefixKernels peftkern_prefix_scalar = peftkern::prefix_kernels();

@@ -23,30 +23,56 @@ Adapter adapter_of(const char* op, const Tensor& lora_a, const Tensor& lora_b, i
 
 Tensor down_projection(const char* op, const Rows& x, const Adapter& adapter, const Dropout& dropout) {
     Tensor h = empty_fp32(x.tensor, x.rows, adapter.rank);
-    Gemm gemm = gemm_into(h, x.rows, adapter.rank);
-    add(gemm, times_transposed(x.matrix, adapter.a.matrix, x.columns));
+    down_projection_into(op, x, adapter.a, dropout, h);
+    return h;
+}
+
+void down_projection_into(const char* op, const Rows& x, const Rows& a, const Dropout& dropout, const Tensor& h) {
+    Gemm gemm = gemm_into(h, x.rows, a.rows);
+    gemm.out_stride = h.stride(0);
+    add(gemm, times_transposed(x.matrix, a.matrix, x.columns));
     gemm.contractions[0].x_dropout = dropout;
     run(op, gemm);
-    return h;
+}
+
+Tensor adapted_product(const char* op, const Rows& x, const Rows& h, const Weight& base, const Adapter& adapter,
+                       float s, const Tensor& wide_bias) {
+    Tensor y = empty_with_columns(x.tensor, base.out_features);
+    Gemm gemm = gemm_into(y, x.rows, base.out_features);
+    add(gemm, times_transposed(h.matrix, adapter.b.matrix, adapter.rank));
+    gemm.contractions[0].x_scale = s;
+    add(gemm, times_transposed(x.matrix, base));
+    if (wide_bias.defined()) gemm.bias = wide_bias.const_data_ptr<float>();
+    run(op, gemm);
+    return y;
 }
 
 Tensor grad_h_of(const char* op, const Rows& dy, const Adapter& adapter, float s) {
     Tensor grad_h = empty_fp32(dy.tensor, dy.rows, adapter.rank);
+    grad_h_into(op, dy, adapter, s, grad_h);
+    return grad_h;
+}
+
+void grad_h_into(const char* op, const Rows& dy, const Adapter& adapter, float s, const Tensor& grad_h) {
     Gemm gemm = gemm_into(grad_h, dy.rows, adapter.rank);
+    gemm.out_stride = grad_h.stride(0);
     add(gemm, times(dy.matrix, adapter.b.matrix, dy.columns));
     gemm.contractions[0].x_scale = s;
     run(op, gemm);
-    return grad_h;
 }
 
 Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tensor& lora_a, const Dropout& dropout) {
     Tensor grad_a = torch::stable::new_empty(lora_a, lora_a.sizes());
-    Gemm gemm = gemm_into(grad_a, lora_a.size(0), x.columns);
-    add(gemm, times(rows_of(op, "grad_h", grad_h).matrix, x.matrix, x.rows));
+    grad_a_into(op, rows_of(op, "grad_h", grad_h), x, dropout, grad_a);
+    return grad_a;
+}
+
+void grad_a_into(const char* op, const Rows& grad_h, const Rows& x, const Dropout& dropout, const Tensor& grad_a) {
+    Gemm gemm = gemm_into(grad_a, grad_h.columns, x.columns);
+    add(gemm, times(grad_h.matrix, x.matrix, x.rows));
     gemm.contractions[0].x_transposed = true;
     gemm.contractions[0].weight_dropout = dropout;
     run(op, gemm);
-    return grad_a;
 }
 
 // dB^T = (s h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
@@ -78,13 +104,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor a
     const Dropout dropout = dropout_of(op, dropout_p, seed);
 
     Tensor h = down_projection(op, rows, adapter, dropout);
-    Tensor y = empty_with_columns(x, out_features);
-    Gemm gemm = gemm_into(y, rows.rows, out_features);
-    add(gemm, times_transposed(rows_of(op, "h", h).matrix, adapter.b.matrix, adapter.rank));
-    gemm.contractions[0].x_scale = static_cast<float>(scaling);
-    add(gemm, times_transposed(rows.matrix, base));
-    if (wide_bias.defined()) gemm.bias = wide_bias.const_data_ptr<float>();
-    run(op, gemm);
+    Tensor y = adapted_product(op, rows, rows_of(op, "h", h), base, adapter, static_cast<float>(scaling), wide_bias);
     return {y, h};
 }
 

@@ -23,6 +23,8 @@ struct Bf16Dot {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
     }
 
+    static bool words_in_place(const Contraction& c) { return c.depth % kDepth == 0; }
+
     static void pack_row(const Contraction& c, int64_t row, int64_t depth_begin, int64_t depth, uint32_t* words) {
         words[depth / 2] = 0;
         memcpy(words, element_at(c.x, row, depth_begin), static_cast<size_t>(2 * depth));

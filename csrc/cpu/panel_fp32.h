@@ -115,6 +115,11 @@ struct Fp32Dot {
     static W broadcast(const uint32_t* p) { return Simd::set1(*reinterpret_cast<const float*>(p)); }
     static Simd::F dot(Simd::F acc, W x, W w) { return Simd::fmadd(x, w, acc); }
 
+    // Whether X's rows are these words already.
+    static bool words_in_place(const Contraction& c) {
+        return c.x.dtype == Dtype::kFloat32 && !c.x_transposed && c.x_scale == 1 && !c.x_dropout.threshold;
+    }
+
     // One row of X: `depth` elements from depth_begin, as words.
     static void pack_row(const Contraction& c, int64_t row, int64_t depth_begin, int64_t depth, uint32_t* words) {
         float* out = reinterpret_cast<float*>(words);

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from peftkern.bench import contenders as c
-from peftkern.bench import prompts
+from peftkern.bench import prefixes, prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -21,12 +22,23 @@ CASES = (
     "lora_linear nf4 forward+backward",
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
+    "lora_qkv nf4 forward+backward",
+    "lora_qkv dense forward+backward",
+    "lora_mlp nf4 forward+backward",
+    "lora_mlp dense forward+backward",
     "dora_linear nf4 forward+backward",
     "dora_linear dense forward+backward",
-    "dora_linear nf4 norm",
+    "dora_norm nf4",
     "ia3_linear nf4 forward+backward",
     "prompt_embedding forward+backward",
+    "bottleneck_adapter forward+backward",
+    "prefix_attention forward",
+    "prefix_attention forward+backward",
+    "prefix_attention forward+backward fp32",
 )
+
+# Those that do not depend on the number of rows.
+ROWLESS = ("nf4_quantize", "nf4_dequantize", "dora_norm nf4", "prompt_embedding forward+backward")
 
 
 def contenders(
@@ -40,8 +52,12 @@ def contenders(
     shape = out_features, in_features
     if case in ("nf4_quantize", "nf4_dequantize"):
         return _conversions(case, shape, rotated)
+    if case.startswith(("lora_qkv", "lora_mlp")):
+        return _blocks(case, shape, rows, rotated)
     if case.startswith("prompt_embedding"):
         return prompts.contenders(*shape, rotated)
+    if case.startswith("prefix_attention"):
+        return prefixes.contenders(case, *shape, rows)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
@@ -60,7 +76,7 @@ def contenders(
         if c.has("bitsandbytes"):
             runs["bitsandbytes train"] = rotate(lambda: c.bnb_linear(*shape).train(), step)
         return runs
-    if case.startswith(("dora_linear", "ia3_linear")):
+    if case.startswith(("dora", "ia3")):
         return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
@@ -73,6 +89,10 @@ def contenders(
         if c.has("peft"):
             runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)
         return runs
+    if case == "bottleneck_adapter forward+backward":
+        square = c.forward_backward(x, x.flip(0))
+        ours, eager = partial(c.adapter, in_features), partial(c.EagerAdapter, in_features)
+        return {"peftkern": rotate(ours, square), "torch eager": rotate(eager, square)}
     raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
 
 
@@ -83,9 +103,9 @@ def _scaled(case: str, shape: tuple[int, int], step: Callable, rotate: Callable[
     peer_base = partial(c.bnb_linear, *shape) if on_nf4 else base
     peer_name = "PEFT + bitsandbytes" if on_nf4 else "PEFT"
     has_peer = c.has("peft") and (not on_nf4 or c.has("bitsandbytes"))
-    if case == "dora_linear nf4 norm":
-        runs = {"peftkern": rotate(lambda: c.dora(base()), c.dora_norm)}
-        return runs | ({"dense": rotate(lambda: c.dora(base()), c.dense_dora_norm)} if on_nf4 else {})
+    if case == "dora_norm nf4":
+        calls: dict[str, Callable[..., Tensor]] = {"peftkern": c.dora_norm, "torch dense bfloat16": c.dense_dora_norm}
+        return {name: rotate(lambda: c.dora(base()), call) for name, call in calls.items()}
     if case.startswith("dora_linear"):
         runs = {"peftkern": rotate(lambda: c.dora(base()), c.changing(step))}
         runs["peftkern lora_linear"] = rotate(lambda: c.lora(base(), 0.0), c.changing(step))
@@ -112,6 +132,34 @@ def _conversions(case: str, shape: tuple[int, int], rotated: int) -> dict[str, R
     return runs
 
 
+def _blocks(case: str, shape: tuple[int, int], rows: int, rotated: int) -> dict[str, Run]:
+    """q, k and v [out, in], or an MLP of `out` features between `in` and `in`: in one op, and layer by layer."""
+    out_features, in_features = shape
+    block = c.Qkv if case.startswith("lora_qkv") else c.Mlp
+    outs = c.Qkv.sizes(out_features) if block is c.Qkv else (in_features,)
+    generator = torch.Generator().manual_seed(rows)
+    x, *grads = (torch.randn(rows, n, generator=generator).bfloat16() for n in (in_features, *outs))
+    step, rotate = c.forward_backward(x, *grads), partial(c.rotate, rotated=rotated)
+    nf4 = "nf4" in case
+    base = c.nf4_linear if nf4 else partial(c.dense_linear, dtype=torch.bfloat16)
+
+    def build(layer: Callable[[int, int], nn.Module]) -> c.Qkv | c.Mlp:
+        return block(layer, *shape)
+
+    def ours(*sizes: int) -> nn.Module:
+        return c.lora(base(*sizes), 0.0)
+
+    runs = {
+        "peftkern": rotate(lambda: build(ours).fused(), step),
+        "peftkern lora_linear": rotate(lambda: build(ours), step),
+    }
+    if c.has("peft") and (c.has("bitsandbytes") or not nf4):
+        peer = c.bnb_linear if nf4 else base
+        theirs = rotate(lambda: build(lambda *sizes: c.peft_lora(peer(*sizes), 0.0)), step)
+        runs["PEFT + bitsandbytes" if nf4 else "PEFT"] = theirs
+    return runs
+
+
 def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[float, float]:
     """(bytes that must be moved at least once, floating-point operations) of one case.
 
@@ -121,15 +169,27 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         return out_features * in_features * (2 + 4.127 / 8), 0.0
     if case.startswith("prompt_embedding"):
         return prompts.work(in_features)
+    if case.startswith("bottleneck_adapter"):
+        # Weights read twice and their gradients written; x twice, y, dy and dx once.
+        weights, wide = 2 * c.BOTTLENECK * in_features, rows * in_features
+        return 2.0 * (3 * weights + 5 * wide), 6 * 2.0 * c.BOTTLENECK * wide
+    if case.startswith("prefix_attention"):
+        return prefixes.work(case, out_features, in_features, rows)
     element = 4 if case.endswith("fp32") else 2
-    weight = out_features * in_features * (2 if "dense" in case else 4.127 / 8)
-    activations = rows * (in_features + out_features) * element
-    if case.endswith("norm"):
-        return weight, 2.0 * c.RANK * out_features * in_features
+    layers = [(out_features, in_features)]
+    if case.startswith("lora_qkv"):
+        layers = [(out, in_features) for out in c.Qkv.sizes(out_features)]
+    elif case.startswith("lora_mlp"):
+        layers = [(out_features, in_features)] * 2 + [(in_features, out_features)]
+    elements = sum(out * columns for out, columns in layers)
+    weight = elements * (2 if "dense" in case else 4.127 / 8)
+    activations = rows * (in_features + sum(out for out, _ in layers)) * element
+    if case.startswith("dora_norm"):
+        return weight, 2.0 * c.RANK * elements
     passes = 2 if "backward" in case else 1
     lora = 0.0
     if case.startswith(("lora", "dora")):
-        lora = 6 * 2 * rows * c.RANK * (in_features + out_features) / 2
+        lora = 6 * 2 * rows * c.RANK * sum(out + columns for out, columns in layers) / 2
     if case.startswith("dora"):
-        lora += 2.0 * c.RANK * out_features * in_features
-    return passes * (weight + activations), passes * 2.0 * rows * out_features * in_features + lora
+        lora += 2.0 * c.RANK * elements
+    return passes * (weight + activations), passes * 2.0 * rows * elements + lora

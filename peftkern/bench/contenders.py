@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from peftkern.bench.measure import ROTATED_BYTES, Run, copies
 from peftkern.integrations.bitsandbytes import bnb_state_dict
-from peftkern.nn import DoRALinear, IA3Linear, LoRALinear, NF4Linear
+from peftkern.nn import (
+    BottleneckAdapter,
+    DoRALinear,
+    IA3Linear,
+    LoRAAttention,
+    LoRALinear,
+    LoRAMLP,
+    NF4Linear,
+)
 from peftkern.ops._linear import dense_weight
 from peftkern.ops.dora_linear import dora_norm as ops_dora_norm
 
 RANK = 16
+BOTTLENECK = 64
 
 
 def has(package: str) -> bool:
@@ -95,6 +104,43 @@ def lora(layer: nn.Linear, dropout: float) -> LoRALinear:
     return wrapped.train()
 
 
+class Qkv(nn.Module):
+    """q, k and v of grouped-query attention: k and v have a quarter of q's features."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (layer(out, in_features) for out in self.sizes(out_features))
+
+    @staticmethod
+    def sizes(out_features: int) -> tuple[int, int, int]:
+        """Of q, k and v."""
+        return out_features, max(1, out_features // 4), max(1, out_features // 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def fused(self) -> nn.Module:
+        """In one op."""
+        return LoRAAttention.from_block(self)
+
+
+class Mlp(nn.Module):
+    """A SwiGLU MLP."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], middle: int, features: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = layer(middle, features), layer(middle, features)
+        self.down_proj = layer(features, middle)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def fused(self) -> nn.Module:
+        """In one op."""
+        return LoRAMLP.from_block(self)
+
+
 def peft_ia3(layer: nn.Module) -> nn.Module:
     """HF PEFT's (IA)^3 on the output of a layer."""
     from peft import IA3Config, get_peft_model
@@ -146,6 +192,25 @@ def changing(step: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     return call
 
 
+def adapter(features: int) -> BottleneckAdapter:
+    """Our bottleneck adapter in bf16."""
+    return BottleneckAdapter(features, dtype=torch.bfloat16)
+
+
+class EagerAdapter(nn.Module):
+    """The same in plain torch, as AdapterHub computes it: two linear layers, an activation, a scaled sum."""
+
+    scaling = 1.0
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(features, BOTTLENECK, dtype=torch.bfloat16)
+        self.up = nn.Linear(BOTTLENECK, features, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down(x))) * self.scaling + x
+
+
 def _bytes(layer: nn.Module) -> int:
     tensors = [*layer.parameters(), *layer.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -171,12 +236,13 @@ def forward(x: Tensor) -> Callable[[nn.Module], Tensor]:
     return call
 
 
-def forward_backward(x: Tensor, grad: Tensor) -> Callable[[nn.Module], None]:
+def forward_backward(x: Tensor, *grads: Tensor) -> Callable[[nn.Module], None]:
     """A training step of the layer: gradients of x and of whatever the layer trains."""
     x = x.clone().requires_grad_()
 
     def call(layer: nn.Module) -> None:
-        layer(x).backward(grad)
+        y = layer(x)
+        torch.autograd.backward((y,) if isinstance(y, Tensor) else y, grads)
         x.grad = None
         for parameter in layer.parameters():
             parameter.grad = None

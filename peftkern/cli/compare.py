@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
                 with progress(f"{number}/{len(methods)} {method}", task.steps, task.unit) as display:
                     rows.append(measured.run(task, method, args.threads, display))
             except (UsageError, Diverged) as error:
-                failures[method] = str(error)
-                print(f"{method}: {error}", flush=True)
+                failures[method] = str(error).removeprefix(f"{method}: ")
+                print(f"{method}: {failures[method]}", flush=True)
     if not rows:
         raise Diverged("no method could be measured")
     found = comparison.Comparison(task, base, rows, failures, _conditions(args, task))

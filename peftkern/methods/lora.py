@@ -14,6 +14,7 @@ from peftkern.adapter_file import AdapterFile, matches, read_adapter, targets_fo
 from peftkern.methods._linear import ALL_LINEAR, LinearMethod, is_linear
 from peftkern.model import quantize
 from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear, check_adapter
+from peftkern.nn.dora_linear import DoRALinear
 from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear, _is_sharded
 
@@ -62,7 +63,7 @@ class LoRA(LinearMethod):
     def load(self, model: nn.Module, directory: Path, adapter_name: str) -> None:
         """Onto a model that has the adapter with the same settings the values are copied into its parameters."""
         check_adapter("load", adapter_name, torch.float32)
-        file = read_adapter(directory)
+        file = read_adapter(directory, use_dora=issubclass(self.module, DoRALinear))
         for path in file.factors:
             self._check_fits(model, path, file)
         _check_complete(model, file)

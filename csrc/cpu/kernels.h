@@ -1,0 +1,23 @@
+// The table of everything that is compiled once for each instruction set, whose Simd the including file chose.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/gemm_kernel.h"
+#include "cpu/passes_kernel.h"
+#include "cpu/prefix_kernel.h"
+
+namespace peftkern {
+namespace {
+
+template <class MainDot, class Decode = NoDecode>
+constexpr GemmKernels kernels() {
+    return {run_tile<MainDot, Decode>, Workspace::bytes, split_dropout, scale_columns,
+            gated_activation,          sum_rows,         activate};
+}
+
+constexpr PrefixKernels prefix_kernels() {
+    return {prefix_forward, prefix_backward, sum_parts};
+}
+
+}  // namespace
+}  // namespace peftkern

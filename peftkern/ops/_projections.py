@@ -1,0 +1,127 @@
+"""Linear layers with optional adapters, several in one op: arguments, checks, seeds and the native ops' lists."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.ops._dropout import draw_seed
+from peftkern.ops._linear import Weight, accumulate_dtype, check_linear, dense_weight, native_weight
+from peftkern.ops.lora_linear import check_lora, lora_linear_reference
+
+
+class Projection(NamedTuple):
+    """One of them. Without an adapter lora_a and lora_b are None."""
+
+    weight: Weight
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float | Tensor
+    bias: Tensor | None
+
+
+class NativeProjections(NamedTuple):
+    """The lists of a native op's schema; see ProjectionLists in csrc/cpu/lora_qkv.h."""
+
+    weights: list[Tensor]
+    scales: list[Tensor]
+    scale_counts: list[int]
+    block_sizes: list[int]
+    out_features: list[int]
+    lora_as: list[Tensor]
+    lora_bs: list[Tensor]
+    scalings: list[float]
+    biases: list[Tensor]
+
+
+def check_projection(op: str, x: Any, projection: Projection, dropout_p: Any) -> int:
+    """Checks every argument of one projection; returns its out_features."""
+    weight, lora_a, lora_b, scaling, bias = projection
+    if lora_a is None and lora_b is None:
+        return check_linear(op, x, weight, bias)[0]
+    return check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)[0]
+
+
+def draw_seeds(projections: Sequence[Projection], dropout_p: float, training: bool) -> Tensor | None:
+    """One seed for each, drawn as one lora_linear after the other would; 0 where there is no adapter."""
+    if not training or dropout_p == 0:
+        return None
+    return torch.stack([torch.zeros((), dtype=torch.int64) if p.lora_a is None else draw_seed() for p in projections])
+
+
+def projection_reference(
+    x: Tensor, projection: Projection, dropout_p: float, seeds: Tensor | None, index: int
+) -> Tensor:
+    """One projection in plain torch, not rounded if x is in the dtype that references compute in."""
+    weight, lora_a, lora_b, scaling, bias = projection
+    if lora_a is None or lora_b is None:
+        compute = accumulate_dtype(x)
+        bias = None if bias is None else bias.to(compute)
+        return F.linear(x.to(compute), dense_weight(weight, compute), bias).to(x.dtype)
+    seed = None if seeds is None else seeds[index]
+    return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
+
+
+def native_projections(projections: Sequence[Projection]) -> NativeProjections:
+    """Adapters that are missing have rank 0 there, biases no elements."""
+    present = next((p.lora_a for p in projections if p.lora_a is not None), None)
+    dtype = torch.float32 if present is None else present.dtype
+    lists = NativeProjections([], [], [], [], [], [], [], [], [])
+    for weight, lora_a, lora_b, scaling, bias in projections:
+        out_features, in_features = weight.shape
+        codes, *scales, block_size = native_weight(weight)
+        scales = [scale for scale in scales if scale is not None]
+        if lora_a is None or lora_b is None:
+            lora_a = codes.new_empty((0, in_features), dtype=dtype)
+            lora_b, scaling = codes.new_empty((out_features, 0), dtype=dtype), 0.0
+        elif isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
+            lora_b, scaling = lora_b.float() * scaling, 1.0
+        lists.weights.append(codes)
+        lists.scales.extend(scales)
+        lists.scale_counts.append(len(scales))
+        lists.block_sizes.append(block_size)
+        lists.out_features.append(out_features)
+        lists.lora_as.append(lora_a)
+        lists.lora_bs.append(lora_b)
+        lists.scalings.append(scaling)
+        lists.biases.append(codes.new_empty(0, dtype=dtype) if bias is None else bias)
+    return lists
+
+
+def stacked_dtype(lora_as: Sequence[Tensor]) -> torch.dtype:
+    """Of the gradients of several A's one below the other."""
+    dtypes = {lora_a.dtype for lora_a in lora_as}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def split_grad_a(grad_a: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
+    """Each A's gradient."""
+    parts = grad_a.split([lora_a.shape[0] for lora_a in lora_as])
+    return [part.to(lora_a.dtype) for part, lora_a in zip(parts, lora_as)]
+
+
+def only(needed: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients that are needed, None for the others."""
+    return [grad if need else None for need, grad in zip(needed, grads)]
+
+
+def grad_weights(
+    needed: Sequence[bool], grad_ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of dense weights, by torch's matmul."""
+    return [
+        (dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need else None
+        for need, dy, x, weight in zip(needed, grad_ys, xs, weights)
+    ]
+
+
+def grad_biases(
+    needed: Sequence[bool], grad_ys: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """Sums over all rows in fp32."""
+    return [
+        dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype) if need else None
+        for need, dy, dtype in zip(needed, grad_ys, dtypes)
+    ]
