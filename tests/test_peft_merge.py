@@ -10,11 +10,13 @@ from nf4_layers import assert_entries, snapshot
 from tiny_models import llama, logits, loss, move, transformers
 from torch import nn
 
+import peftkern
 from peftkern import nf4_quantize
 from peftkern.nn import NF4Linear
 
 peft = pytest.importorskip("peft")
 
+from peftkern.integrations.peft import calls as peft_calls  # noqa: E402
 from peftkern.integrations.peft_merge import enable_merge  # noqa: E402
 from peftkern.integrations.transformers import NF4Config  # noqa: E402
 
@@ -142,6 +144,20 @@ def test_a_broken_adapter_leaves_the_base(safe, seed, tmp_path):
         layer.merge(safe_merge=safe)
     assert not layer.merged and type(layer.base_layer) is NF4Linear
     assert_entries(snapshot(layer), before)
+
+
+@METHOD
+@pytest.mark.parametrize("first", [False, True], ids=["accelerate", "enable_merge, accelerate"])
+def test_accelerated_layers_merge_too(first, method, seed, tmp_path):
+    model = adapted(loaded(tmp_path), CONFIGS[method])
+    expected = enable_merge(copy.deepcopy(model)).merge_and_unload()
+    model = peftkern.accelerate(enable_merge(model) if first else model)
+    assert len(peft_calls(model)) == (4 if method == "ia3" else 14)
+    before = snapshot(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_entries(snapshot(model), before)
+    assert_entries(snapshot(enable_merge(model).merge_and_unload()), snapshot(expected))
 
 
 def test_merged_models_are_saved(seed, tmp_path):

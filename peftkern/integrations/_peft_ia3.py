@@ -17,6 +17,7 @@ from peftkern.integrations._peft_base import (
     read_base,
     trains,
 )
+from peftkern.integrations.peft_merge import MergesNF4
 from peftkern.ops._linear import FLOATING
 from peftkern.ops.ia3_linear import ia3_linear
 
@@ -62,7 +63,7 @@ def fast(layer: Any, x: Tensor) -> Tensor:
     return base.run(x, lambda x: ia3_linear(x, base.weight, scale, base.bias, layer.is_feedforward))
 
 
-class Linear(Accelerated, ia3.Linear):
+class Linear(Accelerated, MergesNF4, ia3.Linear):
     """ia3.Linear, its scale on the output or on the input."""
 
     _obstacle, _fast, _op = obstacle, fast, op

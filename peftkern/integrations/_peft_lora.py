@@ -23,6 +23,7 @@ from peftkern.integrations._peft_base import (
     read_base,
     trains,
 )
+from peftkern.integrations.peft_merge import MergesNF4
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.lora_linear import lora_linear
 
@@ -148,7 +149,7 @@ def _bias(layer: Any, names: list[str], base: Base) -> Tensor | None:
     return bias
 
 
-class Linear(Accelerated, lora.Linear):
+class Linear(Accelerated, MergesNF4, lora.Linear):
     """lora.Linear: LoRA, rsLoRA, lora_bias, several adapters, DoRA."""
 
     _obstacle, _fast, _op = obstacle, fast, op

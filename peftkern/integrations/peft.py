@@ -224,10 +224,12 @@ def _fast_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _accelerate_layer(layer: Any) -> None:
-    """Only of exactly one of PEFT's classes: a subclass may compute something else."""
+    """Only of exactly one of PEFT's classes, or of ours that merge: a subclass may compute something else."""
     from peftkern.integrations._peft_base import keep_bytes
+    from peftkern.integrations.peft_merge import MERGING
 
-    fast_class = _fast_classes().get(type(layer))
+    stock = {merging: stock for stock, merging in MERGING.items()}.get(type(layer), type(layer))
+    fast_class = _fast_classes().get(stock)
     if fast_class is not None:
         layer.__class__ = fast_class
         layer.__dict__[_REPACKS] = keep_bytes(layer.base_layer)

@@ -95,7 +95,8 @@ class NF4IA3Linear(MergesNF4, ia3.Linear):  # type: ignore[misc]
     """`peft.tuners.ia3.Linear` that merges into an NF4Linear."""
 
 
-_MERGING: dict[type, type] = {lora.Linear: NF4LoRALinear, ia3.Linear: NF4IA3Linear}
+MERGING: dict[type, type] = {lora.Linear: NF4LoRALinear, ia3.Linear: NF4IA3Linear}
+"""PEFT's class -> the one that merges."""
 
 
 def enable_merge(model: nn.Module) -> nn.Module:
@@ -116,10 +117,10 @@ def enable_merge(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"enable_merge: model must be an nn.Module, got {type(model).__name__}")
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, (*_MERGING, MergesNF4))]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, (*MERGING, MergesNF4))]
     layers = [layer for layer in layers if isinstance(layer.get_base_layer(), NF4Linear)]
     if not layers:
         raise ValueError("enable_merge: the model has no LoRA or (IA)^3 layer of PEFT on an NF4Linear")
     for layer in layers:
-        layer.__class__ = _MERGING.get(type(layer), type(layer))
+        layer.__class__ = MERGING.get(type(layer), type(layer))
     return model
