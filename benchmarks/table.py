@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
+METHODS_RESULTS = RESULTS.parent / "methods" / "speed.json"
 # Read too if it lies beside the results.
 MEMORY_NAME = "memory.json"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -81,6 +82,36 @@ COMPARISONS = (
         "ia3_linear nf4 forward+backward",
         "PEFT + bitsandbytes",
         {16: 5.0, 256: 1.5},
+    ),
+    Comparison(
+        "`bottleneck_adapter`, training step / torch eager",
+        "bottleneck_adapter forward+backward",
+        "torch eager",
+        {16: 1.5, 256: 1.5, 1024: 1.5},
+    ),
+    Comparison(
+        "`lora_qkv` on NF4, training step / separate `lora_linear`",
+        "lora_qkv nf4 forward+backward",
+        "peftkern lora_linear",
+        {16: 1.1, 256: 1.1},
+    ),
+    Comparison(
+        "`lora_mlp` on NF4, training step / separate `lora_linear`",
+        "lora_mlp nf4 forward+backward",
+        "peftkern lora_linear",
+        {16: 1.1, 256: 1.1},
+    ),
+    Comparison(
+        "`prefix_attention` forward / concatenated",
+        "prefix_attention forward",
+        "torch concatenated",
+        {1: 1.0, 16: 1.0, 256: 1.0},
+    ),
+    Comparison(
+        "`prefix_attention` training step / concatenated",
+        "prefix_attention forward+backward",
+        "torch concatenated",
+        {16: 1.0, 256: 1.0},
     ),
 )
 # The cost of an adapter: our time over that of our other op, and the most that is aimed at.

@@ -202,6 +202,14 @@ def test_missed_targets_are_the_committed_results_s():
     assert document[begin:end] == f"\n{wanted}\n", "run: python -m benchmarks.table --missed --update docs/speed.md"
 
 
+def test_methods_figures_are_the_committed_results():
+    document = (ROOT / "docs/methods.md").read_text()
+    begin, end = table.shown(document)
+    wanted = table.of_files(table.METHODS_RESULTS)
+    update = "python -m benchmarks.table benchmarks/results/methods/speed.json --update docs/methods.md"
+    assert document[begin:end] == f"\n{wanted}\n", f"run: {update}"
+
+
 def test_environment_variables_are_documented():
     read = set()
     for folder in ("peftkern", "csrc", "tests"):
