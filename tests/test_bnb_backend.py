@@ -62,7 +62,7 @@ def test_it_can_be_turned_off(setting, on, run):
 UNKNOWN = """
 import importlib.metadata, bitsandbytes, torch
 from peftkern.integrations import bnb_backend
-(entry,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="peftkern")
+entry, *_ = importlib.metadata.entry_points(group="bitsandbytes.backends", name="peftkern")
 bnb_backend._registered = False
 bnb_backend._quantize_4bit = lambda theirs: lambda A, block_size: theirs(A, block_size)
 entry.load()()

@@ -75,7 +75,7 @@ def small(kind: str = "nf4", dtype: torch.dtype = torch.float32, rows: int = 5, 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_reference_gradients(dropout_p: float, dropout_mode: Any, detach_norm: bool, seed: int) -> None:
     """In every floating input; the detached norm is a constant, so it is given."""
-    inputs = small("float32")
+    inputs = dora_inputs(torch.randn(3, 9), torch.randn(2, 9), 2, bias_dtype=torch.float32)
     if not detach_norm:
         del inputs["norm"]
     leaves = {name: value.double().requires_grad_(name != "norm") for name, value in float_tensors(inputs).items()}

@@ -122,7 +122,7 @@ def test_every_level_has_kernels() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_symbols(name: str, compiler: str, tmp_path: Path) -> None:
     """An inline function of a library, compiled for AVX-512, could be the copy that the linker keeps for every CPU. So
-    these files define only their extern "C" symbols and refer to nothing but the C library's memory functions."""
+    these files define only their extern "C" symbols and refer to nothing but functions of the C library."""
     source, compiled = ROOT / "csrc/cpu" / f"{name}.cpp", tmp_path / "kernels.o"
     # The level's -O3 takes three times as long, and inlines more, not less.
     flags = [flag for flag in flags_of(name.partition("_")[2]) if flag != "-O3"]
@@ -131,5 +131,5 @@ def test_symbols(name: str, compiler: str, tmp_path: Path) -> None:
     symbols = [line.split()[-2:] for line in listed.splitlines()]
     undefined = {symbol for kind, symbol in symbols if kind == "U"}
     exported = {symbol for kind, symbol in symbols if kind != "U" and not kind.islower()}
-    assert undefined <= {"memcpy", "memset", "memmove", "memcmp", "_GLOBAL_OFFSET_TABLE_"}
+    assert undefined <= {"memcpy", "memset", "memmove", "memcmp", "logf", "_GLOBAL_OFFSET_TABLE_"}
     assert exported and all(symbol.startswith("peftkern_") for symbol in exported), exported

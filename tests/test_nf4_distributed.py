@@ -1,5 +1,6 @@
 """NF4Linear and LoRALinear under DDP and FSDP2, on two processes and gloo: gradients and state dicts of one process."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,8 @@ def _start(rank: int, worker: Worker, directory: Path) -> None:
     worker(rank, directory)
     dist.barrier()
     dist.destroy_process_group()
+    # Without the interpreter's end: threads of torch's that are still there then abort the process now and then.
+    os._exit(0)
 
 
 def model(seed: int = 0) -> nn.Sequential:

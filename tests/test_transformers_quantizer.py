@@ -280,6 +280,16 @@ def test_only_nf4_checkpoints_have_a_config(dense):
             NF4Config.from_bnb(quantization)
 
 
+@pytest.fixture
+def warnings_shown():
+    """Whatever a test before this one has made of transformers' verbosity."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+
+
+@pytest.mark.usefixtures("warnings_shown")
 @pytest.mark.parametrize("entry", ["weight.absmax", "weight.quant_map", "weight.nested_absmax", QUANT_STATE_KEY])
 def test_incomplete_layers_are_named(entry, dense, tmp_path, caplog):
     folder = written(load(dense, quantization_config=NF4Config()), tmp_path / "saved")
@@ -289,6 +299,7 @@ def test_incomplete_layers_are_named(entry, dense, tmp_path, caplog):
     assert f'"{LAYER}.{entry}" is missing' in caplog.text
 
 
+@pytest.mark.usefixtures("warnings_shown")
 def test_codes_without_anything_else_are_refused(dense, tmp_path, caplog):
     folder = written(load(dense, quantization_config=NF4Config()), tmp_path / "saved")
     rewrite(folder, {k: v for k, v in tensors(folder).items() if not k.startswith(f"{LAYER}.weight.")})
