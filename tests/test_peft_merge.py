@@ -146,6 +146,20 @@ def test_a_broken_adapter_leaves_the_base(safe, seed, tmp_path):
     assert_entries(snapshot(layer), before)
 
 
+def test_an_interrupted_merge_leaves_the_base(seed, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    model = enable_merge(adapted(loaded(tmp_path), CONFIGS["lora"]))
+    layer = model.get_submodule(_layer(model).removesuffix(".base_layer"))
+    before, merged = snapshot(layer), list(layer.merged_adapters)
+    monkeypatch.setattr("peftkern.integrations.peft_merge._quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer.merge()
+    assert layer.merged_adapters == merged and not layer.merged and type(layer.base_layer) is NF4Linear
+    assert_entries(snapshot(layer), before)
+
+
 @METHOD
 @pytest.mark.parametrize("first", [False, True], ids=["accelerate", "enable_merge, accelerate"])
 def test_accelerated_layers_merge_too(first, method, seed, tmp_path):

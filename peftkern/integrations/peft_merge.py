@@ -5,7 +5,7 @@ a subclass of their class that lends PEFT a dense weight and stores what comes b
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,17 +42,21 @@ class MergesNF4:
             return
         before = (base.nf4, None if base.bias is None else base.bias.detach().clone())
         already = len(self.merged_adapters)
-        try:
+        # Whatever stops the merge, Ctrl-C too, must not leave half of it.
+        with ExitStack() as undo:
+            undo.callback(self._go_back, base, before, already)
             with self._dense_base(base) as dense:
                 super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             if len(self.merged_adapters) > already:
                 _store(base, _quantize(dense.weight, base.block_size, base.double_quant), None)
-        except Exception:
-            del self.merged_adapters[already:]
-            _store(base, *before)
-            raise
+            undo.pop_all()
         if not already:
             self._unmerged = before
+
+    def _go_back(self, base: NF4Linear, before: tuple[NF4Weight, Tensor | None], merged: int) -> None:
+        """To the first `merged` adapters merged, and the base as it was then."""
+        del self.merged_adapters[merged:]
+        _store(base, *before)
 
     def unmerge(self) -> None:
         """PEFT's, but exact."""
