@@ -3,7 +3,9 @@
 A backend asked for by name runs or raises; only auto chooses. The rule for auto:
 
 - `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
-- `reference` (plain torch): everything else, which is float64 and devices without kernels.
+- `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right there and not slower
+  than the same formula in torch's ops. There is no record yet.
+- `reference` (plain torch): everything else: a GPU without such a record, float64, devices without kernels.
 """
 
 import os
@@ -15,6 +17,12 @@ import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = CPU_DTYPES
+OLDEST_TRITON = (3, 6)
+# Ops with Triton kernels; each adds itself.
+TRITON_OPS: set[str] = set()
+# Op to the file in benchmarks/results/gpu/ that says that its Triton kernels are right and not slower than torch's ops.
+GPU_RECORDS: dict[str, str] = {}
 
 
 class Choice(NamedTuple):
@@ -78,12 +86,47 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
     if name == "auto":
         if runs_on_cpu:
             return Choice("cpu", f"auto: x is {x.dtype} on the CPU")
+        if x.device.type == "cuda" and x.dtype in TRITON_DTYPES:
+            return _auto_on_gpu(op)
         return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
     if name == "cpu" and not runs_on_cpu:
         raise RuntimeError(
             f"{op}: backend 'cpu' takes fp32, bf16 or fp16 on the CPU, got {x.dtype} on {x.device}; "
             "use backend='reference' or move x"
         )
-    if name in ("triton", "cuda"):
+    if name == "triton" and (problem := _triton_problem(op, x)):
+        raise RuntimeError(f"{op}: backend 'triton' {problem}")
+    if name == "cuda":
         raise RuntimeError(f"{op}: backend {name!r} is not part of this build")
     return Choice(name, why)
+
+
+def _auto_on_gpu(op: str) -> Choice:
+    """Triton's kernels where a record vouches for them, else torch's ops."""
+    if op in GPU_RECORDS:
+        return Choice("triton", f"auto: right and not slower than torch's ops by {GPU_RECORDS[op]}")
+    return Choice("reference", "auto: no record of a GPU says that a kernel is right and not slower than torch's ops")
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU. Triton reads the variable as this does."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_problem(op: str, x: torch.Tensor) -> str | None:
+    """Why Triton cannot run `op` on x; None if it can."""
+    if x.dtype not in TRITON_DTYPES:
+        return f"takes fp32, bf16 or fp16, got {x.dtype}; use backend='reference'"
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    try:
+        import triton
+    except ImportError:
+        return f"needs triton {oldest} or newer, which is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"needs triton {oldest} or newer, got {triton.__version__}"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
+        has_gpu = torch.cuda.is_available()
+        return f"needs tensors on a GPU{'' if has_gpu else ' (torch finds none here)'}, got x on {x.device}"
+    if op not in TRITON_OPS:
+        return "has no kernel for this op"
+    return None

@@ -68,9 +68,9 @@ def backend(dtype: torch.dtype = torch.float32) -> str:
 
 def _backend_state(name: str) -> str:
     try:
-        choose("info", torch.empty(0), name)
+        choose("nf4_linear", torch.empty(0), name)
     except RuntimeError as error:
-        return str(error).removeprefix("info: ")
+        return str(error).removeprefix("nf4_linear: ")
     return "available"
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import FLOATING
 from peftkern.ops._nf4 import check_nf4_weight
+from peftkern.ops._registration import NAMESPACES, register
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, codebook
 
 
@@ -40,7 +40,7 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     Args:
         q: the weight, flat or nested.
         dtype: of the result, fp32, bf16, fp16 or float64; the dense weight's own by default.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError, RuntimeError: parts of q that do not fit its shape, a dtype that is not one of these, or
@@ -51,12 +51,12 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     if dtype not in FLOATING:
         raise TypeError(f"nf4_dequantize: dtype must be {' or '.join(map(str, FLOATING))}, got {dtype}")
     out = q.codes.new_empty(0, dtype=dtype)
-    if backends.choose("nf4_dequantize", out, backend).implementation == "reference":
+    implementation = backends.choose("nf4_dequantize", out, backend).implementation
+    if implementation == "reference":
         return nf4_dequantize_reference(q, dtype)
-    return ops.nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
+    return NAMESPACES[implementation].nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
 
 
-@torch.library.register_fake("peftkern::nf4_dequantize")
 def _fake(
     codes: Tensor,
     absmax: Tensor,
@@ -68,3 +68,6 @@ def _fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
+
+
+register("nf4_dequantize", _fake, triton="nf4_dequantize_triton")
