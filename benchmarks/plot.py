@@ -11,10 +11,17 @@ from typing import Any
 from benchmarks.table import RESULTS, Place, read_report
 
 PANELS = (
-    ("nf4_linear forward", "forward"),
-    ("nf4_linear forward+backward", "training step"),
-    ("lora_linear nf4 forward+backward", "LoRA (rank 16) training step"),
+    ("nf4_linear forward", "NF4, forward"),
+    ("nf4_linear forward+backward", "NF4, training step"),
+    ("lora_linear nf4 forward+backward", "LoRA (rank 16) on NF4, training step"),
+    ("dora_linear nf4 forward+backward", "DoRA (rank 16) on NF4, training step"),
+    ("ia3_linear nf4 forward+backward", "(IA)$^3$ on NF4, training step"),
+    ("lora_mlp nf4 forward+backward", "lora_mlp on NF4, training step"),
+    ("lora_qkv nf4 forward+backward", "lora_qkv on NF4, training step"),
+    ("bottleneck_adapter forward+backward", "bottleneck_adapter, training step"),
+    ("prefix_attention forward+backward", "prefix_attention (length 16), training step"),
 )
+COLUMNS = 3
 COLOURS = ("#0b6e4f", "#c1440e", "#5b6c8f", "#8f6b8f")
 
 
@@ -50,11 +57,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     panels = [(title, found) for title, found in panels if found]
     if not panels:
         raise SystemExit(f"benchmarks.plot: {place}: none of {', '.join(case for case, _ in PANELS)} was measured")
+    columns = min(COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
     # Not pyplot: it would choose a window system and keep the figure.
-    figure = Figure(figsize=(4.2 * len(panels), 4), dpi=130, layout="constrained")
-    for axis, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    figure = Figure(figsize=(4.2 * columns, 3.8 * lines), dpi=130, layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis, (title, found) in zip(axes, panels):
         _draw_panel(axis, found, title)
-    figure.suptitle(f"NF4 {place}, bf16; {report['machine']['cpu']}", fontsize=11)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.suptitle(f"{place}, bf16; {report['machine']['cpu']}", fontsize=11)
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -46,6 +46,8 @@ def contenders(
 ) -> dict[str, Run]:
     """Name -> run(i) for one case; "peftkern" is first. Peers that are not installed, or cannot run it, are left out.
 
+    Everything is made on torch's default device, so `with torch.device("cuda")` around it is all that a GPU needs.
+
     Raises:
         ValueError: there is no such case.
     """
@@ -60,8 +62,8 @@ def contenders(
         return prefixes.contenders(case, *shape, rows)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, in_features, generator=generator).to(dtype)
-    step = c.forward_backward(x, torch.randn(rows, out_features, generator=generator).to(dtype))
+    x = c.normal(generator, rows, in_features).to(dtype)
+    step = c.forward_backward(x, c.normal(generator, rows, out_features).to(dtype))
     nf4, dense = partial(c.nf4_linear, *shape), partial(c.dense_linear, *shape, dtype)
     rotate = partial(c.rotate, rotated=rotated)
 
@@ -138,7 +140,7 @@ def _blocks(case: str, shape: tuple[int, int], rows: int, rotated: int) -> dict[
     block = c.Qkv if case.startswith("lora_qkv") else c.Mlp
     outs = c.Qkv.sizes(out_features) if block is c.Qkv else (in_features,)
     generator = torch.Generator().manual_seed(rows)
-    x, *grads = (torch.randn(rows, n, generator=generator).bfloat16() for n in (in_features, *outs))
+    x, *grads = (c.normal(generator, rows, n).bfloat16() for n in (in_features, *outs))
     step, rotate = c.forward_backward(x, *grads), partial(c.rotate, rotated=rotated)
     nf4 = "nf4" in case
     base = c.nf4_linear if nf4 else partial(c.dense_linear, dtype=torch.bfloat16)

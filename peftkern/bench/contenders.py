@@ -33,9 +33,16 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """The same fp32 numbers on any default device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def nf4_linear(out_features: int, in_features: int) -> NF4Linear:
     """An NF4Linear with random bytes: speed does not depend on them, and quantising takes time."""
-    layer = NF4Linear(in_features, out_features, bias=False, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+    layer = NF4Linear(in_features, out_features, bias=False, device="meta", dtype=torch.bfloat16).to_empty(
+        device=torch.get_default_device()
+    )
     layer.weight.data.random_(0, 256)
     layer.absmax.random_(0, 256)
     assert layer.nested_absmax is not None and layer.nested_quant_map is not None and layer.offset is not None
@@ -47,7 +54,9 @@ def nf4_linear(out_features: int, in_features: int) -> NF4Linear:
 
 def dense_linear(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Linear:
     """A dense layer with small random weights."""
-    layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype).to_empty(
+        device=torch.get_default_device()
+    )
     nn.init.uniform_(layer.weight, -0.02, 0.02)
     return layer.requires_grad_(False)
 
@@ -59,7 +68,7 @@ def bnb_linear(out_features: int, in_features: int) -> nn.Module:
     state = bnb_state_dict(nf4_linear(out_features, in_features))
     codes = state.pop("weight")
     layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
-    layer.weight = bnb.nn.Params4bit.from_prequantized(codes, state, device="cpu", module=layer)
+    layer.weight = bnb.nn.Params4bit.from_prequantized(codes, state, device=torch.get_default_device(), module=layer)
     return layer
 
 

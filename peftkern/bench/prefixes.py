@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.bench.contenders import normal
 from peftkern.bench.measure import Run
 from peftkern.ops.prefix_attention import prefix_attention
 
@@ -62,10 +63,10 @@ def _run(function: Callable[..., Tensor], sizes: _Sizes, dtype: torch.dtype, bac
 
     def heads(count: int, rows: int) -> Tensor:
         shape = BATCH, rows, count, sizes.head_dim
-        return torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
+        return normal(generator, *shape).to(dtype).transpose(1, 2)
 
     query, key, value = heads(sizes.heads, sizes.queries), *(heads(sizes.kv_heads, sizes.keys) for _ in range(2))
-    prefix = [torch.randn(sizes.kv_heads, LENGTH, sizes.head_dim, generator=generator) for _ in range(2)]
+    prefix = [normal(generator, sizes.kv_heads, LENGTH, sizes.head_dim) for _ in range(2)]
     grad_out, leaves = torch.randn_like(query), (query, key, value, *prefix)
     causal = sizes.queries > 1
 

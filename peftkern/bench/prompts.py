@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkern.bench.contenders import rotate
+from peftkern.bench.contenders import normal, rotate
 from peftkern.bench.measure import Run
 from peftkern.ops.prompt_embedding import IGNORED_LABEL, prompt_embedding
 
@@ -19,13 +19,15 @@ BATCH, TOKENS, PROMPT_ROWS = 8, 512, 20
 def contenders(vocabulary: int, features: int, rotated: int) -> dict[str, Run]:
     """Name -> run(i): embeddings, mask and labels behind a prompt in fp32, and the prompt's gradient."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (BATCH, TOKENS), generator=generator)
+    ids = torch.randint(vocabulary, (BATCH, TOKENS), generator=generator, device="cpu").to(torch.get_default_device())
     mask, labels = torch.ones_like(ids), ids.clone()
-    prompt = torch.randn(PROMPT_ROWS, features, generator=generator).requires_grad_()
-    grad = torch.randn(BATCH, PROMPT_ROWS + TOKENS, features, generator=generator).bfloat16()
+    prompt = normal(generator, PROMPT_ROWS, features).requires_grad_()
+    grad = normal(generator, BATCH, PROMPT_ROWS + TOKENS, features).bfloat16()
 
     def build() -> nn.Module:
-        table = nn.Embedding(vocabulary, features, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+        table = nn.Embedding(vocabulary, features, device="meta", dtype=torch.bfloat16).to_empty(
+            device=torch.get_default_device()
+        )
         nn.init.uniform_(table.weight)
         return table.requires_grad_(False)
 
