@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden peft-suite
+.PHONY: demo test lint bench setup clean adapters-golden peft-suite gpu-check
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -20,6 +20,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# On a machine with a GPU and a torch of its own: builds, tests and measures; nothing is downloaded. See docs/gpu-status.md.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --output $(or $(OUT),runs/gpu-check)
 
 # PEFT's own tests of its LoRA and (IA)^3 layers, every one of them accelerated.
 peft-suite: setup

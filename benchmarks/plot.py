@@ -22,7 +22,7 @@ PANELS = (
     ("prefix_attention forward+backward", "prefix_attention (length 16), training step"),
 )
 COLUMNS = 3
-COLOURS = ("#0b6e4f", "#c1440e", "#5b6c8f", "#8f6b8f")
+COLOURS = ("#0b6e4f", "#c1440e", "#5b6c8f", "#8f6b8f", "#c9a227", "#444444", "#2e86ab")
 
 
 def _draw_panel(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
@@ -48,25 +48,30 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         SystemExit: none was.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     place = min(Place.of(row) for row in report["rows"])
     rows = [r for r in report["rows"] if Place.of(r) == place and r["contender"] != "peftkern nf4_linear"]
     panels = [(title, [row for row in rows if row["case"] == case]) for case, title in PANELS]
     panels = [(title, found) for title, found in panels if found]
     if not panels:
         raise SystemExit(f"benchmarks.plot: {place}: none of {', '.join(case for case, _ in PANELS)} was measured")
+    draw_panels(panels, f"{place}, bf16; {report['machine']['cpu']}", path)
+
+
+def draw_panels(panels: list[tuple[str, list[dict[str, Any]]]], title: str, path: Path) -> None:
+    """A picture of (title, rows) side by side, written whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     # Not pyplot: it would choose a window system and keep the figure.
     figure = Figure(figsize=(4.2 * columns, 3.8 * lines), dpi=130, layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis, (title, found) in zip(axes, panels):
-        _draw_panel(axis, found, title)
+    for axis, (name, rows) in zip(axes, panels):
+        _draw_panel(axis, rows, name)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.suptitle(f"{place}, bf16; {report['machine']['cpu']}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)

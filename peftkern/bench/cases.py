@@ -22,6 +22,7 @@ CASES = (
     "lora_linear nf4 forward+backward",
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
+    "lora_linear dense forward+backward dropout 0.1",
     "lora_qkv nf4 forward+backward",
     "lora_qkv dense forward+backward",
     "lora_mlp nf4 forward+backward",
@@ -86,7 +87,7 @@ def contenders(
         if c.has("bitsandbytes") and c.has("peft"):
             runs["PEFT + bitsandbytes"] = rotate(lambda: c.peft_lora(c.bnb_linear(*shape), dropout), step)
         return runs
-    if case == "lora_linear dense forward+backward":
+    if case.startswith("lora_linear dense forward+backward"):
         runs = {"peftkern": rotate(lambda: c.lora(dense(), dropout), step)}
         if c.has("peft"):
             runs["PEFT"] = rotate(lambda: c.peft_lora(dense(), dropout), step)

@@ -1,0 +1,124 @@
+"""What measures on a GPU, run without one: the programs on the CPU, the driver on commands of its own, the page."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_errors, gpu_status, gpu_timing
+from benchmarks.run import ROOT
+from benchmarks.table import shown
+
+
+def test_timing_gives_every_contender_under_every_backend(tmp_path):
+    output = tmp_path / "timing.json"
+    arguments = ["--device", "cpu", "--shapes", "64x128", "--rows", "4", "--calls", "1", "--rounds", "2"]
+    cases = ["--cases", "lora_linear nf4 forward+backward", "nf4_dequantize"]
+    assert gpu_timing.main([*arguments, *cases, "--backends", "cpu", "reference", "cuda", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    timed = {(row["case"], row["contender"], row["backend"]) for row in report["rows"]}
+    assert ("nf4_dequantize", "peftkern", "cpu") in timed
+    assert ("lora_linear nf4 forward+backward", "peftkern", "reference") in timed
+    assert ("lora_linear nf4 forward+backward", "PEFT + bitsandbytes", None) in timed
+    assert not any(backend == "cuda" for _, _, backend in timed)
+    assert all(row["median_ms"] > 0 and row["floor_ms"] > 0 for row in report["rows"])
+
+
+def test_every_op_is_compared_with_float64(tmp_path):
+    output = tmp_path / "errors.json"
+    arguments = ["--device", "cpu", "--sizes", "5,33,64", "--output", str(output)]
+    assert gpu_errors.main([*arguments, "--backends", "cpu", "reference"]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["op"] for row in rows} == set(gpu_status.STEMS) - {"nf4_quantize"}
+    assert all(row["right"] and row["repeats"] for row in rows)
+
+
+def test_a_wrong_gradient_fails(monkeypatch, tmp_path):
+    right = gpu_errors.run
+
+    def wrong(case, leaves, weight, backend):
+        found = right(case, leaves, weight, backend)
+        if backend == "cpu" and case.op == "ia3_linear":
+            found["grad scale"] = found["grad scale"] * 1.1
+        return found
+
+    monkeypatch.setattr(gpu_errors, "run", wrong)
+    output = tmp_path / "errors.json"
+    arguments = ["--device", "cpu", "--sizes", "5,33,64", "--ops", "ia3_linear", "--backends", "cpu"]
+    assert gpu_errors.main([*arguments, "--output", str(output)]) == 1
+    assert {row["worst"] for row in json.loads(output.read_text())["rows"]} == {"grad scale"}
+
+
+def report_of(medians, errors=()):
+    rows = [
+        {"case": case, "shape": [4096, 4096], "rows": 8192, "contender": name, "backend": backend}
+        | {"median_ms": ms, "floor_ms": 1.0}
+        for case, name, backend, ms in medians
+    ]
+    steps = [
+        {"step": "errors", "status": 0, "result": {"rows": list(errors)}},
+        {"step": "time lora", "status": 0, "result": {"rows": rows}},
+    ]
+    gpu = {"name": "NVIDIA X", "cuda": "13.0"}
+    return {"gpu": gpu, "machine": {"versions": {"torch": "2.11"}}, "commit": "abc", "steps": steps}
+
+
+def test_a_target_is_the_fastest_peer_over_our_fastest_kernel():
+    case = "lora_linear dense forward+backward"
+    target = next(each for each in gpu_status.TARGETS if each.case == case and each.shapes == ((4096, 4096),))
+    ours = [(case, "peftkern", "triton", 4.0), (case, "peftkern", "cuda", 2.0), (case, "peftkern", "reference", 1.0)]
+    assert gpu_status.measured(report_of([*ours, (case, "PEFT", None, 3.0)]), target) == pytest.approx(1.5)
+    assert gpu_status.measured(report_of(ours), target) is None
+    assert gpu_status.measured(report_of([ours[2], (case, "PEFT", None, 3.0)]), target) is None
+
+
+def test_another_op_of_ours_is_compared_on_the_same_backend():
+    case = "dora_linear dense forward+backward"
+    target = next(each for each in gpu_status.TARGETS if each.peers == ("peftkern lora_linear",))
+    medians = [(case, "peftkern", "triton", 2.0), (case, "peftkern lora_linear", "triton", 1.9)]
+    medians.append((case, "peftkern lora_linear", "reference", 1.0))
+    assert gpu_status.measured(report_of(medians), target) == pytest.approx(0.95)
+
+
+def test_a_wrong_kernel_is_named_as_such():
+    row = {"op": "ia3_linear", "backend": "triton", "dtype": "bfloat16", "error": 1e-3, "right": True, "repeats": True}
+    assert gpu_status.errors(report_of([], [row]), "ia3_linear", "triton") == "right, bf16 error 1.0e-03"
+    assert "wrong" in gpu_status.errors(report_of([], [row, {**row, "repeats": False}]), "ia3_linear", "triton")
+    assert gpu_status.errors(report_of([], [row]), "ia3_linear", "cuda") is None
+
+
+def test_the_page_is_that_of_the_committed_reports():
+    document = (ROOT / "docs" / "gpu-status.md").read_text()
+    begin, end = shown(document)
+    assert document[begin:end].strip() == gpu_status.status(gpu_status.committed()).strip()
+
+
+def test_a_step_that_fails_or_hangs_is_recorded_and_the_rest_goes_on(tmp_path):
+    python = [sys.executable, "-c"]
+    failed = gpu_check.run_step(gpu_check.Step("fails", [*python, "raise SystemExit(3)"], 30), tmp_path)
+    hung = gpu_check.run_step(gpu_check.Step("hangs", [*python, "import time; time.sleep(60)"], 1), tmp_path)
+    missing = gpu_check.run_step(gpu_check.Step("missing", ["no-such-program"], 1), tmp_path)
+    writes = "import sys; open(sys.argv[-1], 'w').write('{\"rows\": [1]}'); print('said')"
+    wrote = gpu_check.run_step(gpu_check.Step("writes", [*python, writes], 30, writes=True), tmp_path)
+    assert failed["status"] == 3
+    assert hung["status"] == "stopped after 1 s"
+    assert "no-such-program" in missing["status"]
+    assert wrote["status"] == 0 and wrote["result"] == {"rows": [1]}
+    assert (tmp_path / "writes.log").read_text() == "said\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(["--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "benchmarks.gpu_check: error: torch finds no GPU here\n"
+
+
+def test_its_plot_has_a_line_for_each_backend(tmp_path):
+    report = report_of([("nf4_linear forward", "peftkern", "cuda", 1.0), ("nf4_linear forward", "bnb", None, 2.0)])
+    rows = report["steps"][1]["result"]["rows"]
+    rows += [{**row, "rows": 16} for row in rows]
+    gpu_check.draw(report, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
