@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,examples,dev]"
 	touch $@
 
 # AdapterHub's library needs an older transformers than the tests: an environment of its own makes the files they read.
