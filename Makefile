@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden peft-suite
+.PHONY: demo test lint bench setup clean adapters-golden peft-suite bnb-suite
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -24,6 +24,10 @@ bench: setup
 # PEFT's own tests of its LoRA and (IA)^3 layers, every one of them accelerated.
 peft-suite: setup
 	$(BIN)/python tests/peft_suite.py
+
+# bitsandbytes' own tests of its 4-bit layers, stock and on our kernels: make bnb-suite BNB_SRC=its source tree.
+bnb-suite: setup
+	$(BIN)/python tests/bnb_suite.py "$(BNB_SRC)"
 
 setup: $(VENV)/built
 
