@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden peft-suite gpu-check
+.PHONY: demo test lint bench setup clean adapters-golden peft-suite bnb-suite gpu-check
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -29,6 +29,10 @@ gpu-check:
 peft-suite: setup
 	$(BIN)/python tests/peft_suite.py
 
+# bitsandbytes' own tests of its 4-bit layers, stock and on our kernels: make bnb-suite BNB_SRC=its source tree.
+bnb-suite: setup
+	$(BIN)/python tests/bnb_suite.py "$(BNB_SRC)"
+
 setup: $(VENV)/built
 
 # torch is pinned: an unpinned torch is a CUDA build of several GB.
@@ -39,7 +43,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,examples,dev]"
 	touch $@
 
 # AdapterHub's library needs an older transformers than the tests: an environment of its own makes the files they read.

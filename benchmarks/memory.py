@@ -28,13 +28,13 @@ CONTENDERS = ("peftkern", "PEFT + bitsandbytes")
 DROPOUT = 0.1
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Gives freed memory back, which a step would use again, and makes the peak resident size the present one."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident_bytes(entry: str) -> int:
+def resident_bytes(entry: str) -> int:
     """VmRSS, the resident size now, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry + ":"))
@@ -56,10 +56,10 @@ def case(contender: str, out_features: int, in_features: int, rows: int, threads
     layer = _wrapped(contender, out_features, in_features)
     x = torch.randn(rows, in_features).bfloat16().requires_grad_()
     grad = torch.randn(rows, out_features).bfloat16()
-    _reset_peak()
-    before = _resident_bytes("VmRSS")
+    reset_peak()
+    before = resident_bytes("VmRSS")
     layer(x).backward(grad)
-    peak = _resident_bytes("VmHWM")
+    peak = resident_bytes("VmHWM")
     needed = 2 * rows * (out_features + in_features) + 4 * c.RANK * (rows + out_features + in_features)
     return {"extra_bytes": peak - before - needed, "needed_bytes": needed}
 

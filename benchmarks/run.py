@@ -29,7 +29,7 @@ MOST_CACHED_ROWS = 64
 PEER_ISA = {"avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}}
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: 2, after one line that names the argument.
     """
-    parser = _Parser(prog="python -m benchmarks.run", description=__doc__)
+    parser = OneLineParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--shapes", default="table", help=f"{', '.join(shapes.SHAPES)}, or OUTxIN,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(shapes.ROWS))
@@ -88,11 +88,11 @@ def shape_list(text: str) -> list[tuple[int, int]]:
     return [(int(out), int(columns)) for out, columns in pairs]
 
 
-def recorded_command(arguments: list[str]) -> str:
+def recorded_command(arguments: list[str], module: str = "benchmarks.run") -> str:
     """The command line that repeats a run, without the place of its output."""
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--output")
-    return shlex.join(["python", "-m", "benchmarks.run", *output.parse_known_args(arguments)[1]])
+    return shlex.join(["python", "-m", module, *output.parse_known_args(arguments)[1]])
 
 
 def commit() -> str | None:

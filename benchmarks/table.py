@@ -199,7 +199,8 @@ class Place(NamedTuple):
         return _where(self.shape, self.threads) + ", weights in cache" * self.cached
 
 
-def _cell(ratio: float | None, target: float | None, at_most: bool = False) -> str:
+def cell(ratio: float | None, target: float | None, at_most: bool = False) -> str:
+    """A ratio and its target, bold where it is met."""
     if ratio is None:
         return ""
     text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
@@ -227,10 +228,10 @@ def _lines(rows: list[dict[str, Any]], counts: list[int], with_targets: bool) ->
     lines = []
     for title, case, peer, targets in COMPARISONS:
         ratios = [_ratio(times.get((case, peer, n)), ours(case, n)) for n in counts]
-        lines.append((title, [_cell(ratio, target(targets, n)) for n, ratio in zip(counts, ratios)]))
+        lines.append((title, [cell(ratio, target(targets, n)) for n, ratio in zip(counts, ratios)]))
     for title, case, base, targets in OVERHEADS:
         ratios = [_ratio(ours(case, n), times.get((case, base, n))) for n in counts]
-        cells = [_cell(ratio, target(targets, n), at_most=True) for n, ratio in zip(counts, ratios)]
+        cells = [cell(ratio, target(targets, n), at_most=True) for n, ratio in zip(counts, ratios)]
         lines.append((title, cells))
     for title, case in TIMES:
         milliseconds = [ours(case, n) for n in counts]
@@ -240,7 +241,7 @@ def _lines(rows: list[dict[str, Any]], counts: list[int], with_targets: bool) ->
     return [line for line in lines if any(line[1])]
 
 
-def _grid(lines: list[tuple[str, list[str]]]) -> str:
+def grid(lines: list[tuple[str, list[str]]]) -> str:
     """Titles and cells as a Markdown table; the first line is the head."""
     text = [f"| {title} | {' | '.join(cells)} |" for title, cells in lines]
     return "\n".join([text[0], "|---|" + "---|" * len(lines[0][1]), *text[1:]])
@@ -253,7 +254,7 @@ def _rowless(rows: list[dict[str, Any]]) -> str:
     for case, name in ROWLESS.items():
         ours, peer = times.get((case, "peftkern")), times.get((case, name))
         if ours is not None:
-            beside = "" if peer is None else f" ({name} {peer:.3g} ms, {_cell(peer / ours, None)} times as long)"
+            beside = "" if peer is None else f" ({name} {peer:.3g} ms, {cell(peer / ours, None)} times as long)"
             parts.append(f"`{case}` {ours:.3g} ms{beside}")
     return "; ".join(parts) + "." if parts else ""
 
@@ -261,7 +262,7 @@ def _rowless(rows: list[dict[str, Any]]) -> str:
 def _table(place: Place, rows: list[dict[str, Any]]) -> str:
     counts = sorted({row["rows"] for row in rows if row["rows"]})
     lines = [("rows", [str(n) for n in counts]), *_lines(rows, counts, with_targets=not place.cached)]
-    parts = [f"**{place}**", _grid(lines) if counts else "", _rowless(rows)]
+    parts = [f"**{place}**", grid(lines) if counts else "", _rowless(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -275,7 +276,7 @@ def _memory_table(rows: list[dict[str, Any]]) -> str:
         cells = ["" if value is None else f"{value / 1e6:.1f}" for value in found]
         lines.append((f"{_where(shape, threads)}: {contender}", cells))
     title = "**Extra memory of a training step of `lora_linear` on NF4, MB**"
-    return f"{title}: beyond y, dx, the saved x A^T and the gradients; dropout 0.1.\n\n" + _grid(lines)
+    return f"{title}: beyond y, dx, the saved x A^T and the gradients; dropout 0.1.\n\n" + grid(lines)
 
 
 def of_files(results: Path) -> str:
@@ -319,7 +320,7 @@ def missed(report: dict[str, Any]) -> str:
                 cells = [str(count), f"{ratio:.2f}", f"{target:g}", f"{possible:.2f}", f"{ratio / possible:.0%}"]
                 name = title if title != "the same, dropout 0.1" else "`lora_linear` on NF4, dropout 0.1"
                 lines.append((f"{place}: {name}", cells))
-    return _grid(lines)
+    return grid(lines)
 
 
 def shown(document: str) -> tuple[int, int]:

@@ -18,6 +18,8 @@ CHOSEN = (
     "(LoraConfig or IA3Config or TestMixedAdapterBatches or TestDynamicDispatch or TestRequiresGrad"
     " or TestMultiRankAdapter or TestLayerRepr) and not dtype_autocast"
 )
+# Neither layers that no op computes, nor the one test that wants the network: a few minutes less.
+LINEAR = f"{CHOSEN} and not Conv1d and not Conv2d and not Conv3d and not MHA and not override_lora_linear"
 STUBS = {
     "datasets": "class Dataset: ...\n\n\ndef load_dataset(*args, **kwargs):\n    raise RuntimeError('a stub')\n",
     "diffusers": "__version__ = '0'\n\n\nclass StableDiffusionPipeline: ...\n",
@@ -26,15 +28,21 @@ PACKAGES = ("parameterized", "attrs")
 
 
 def prepare(folder: Path) -> Path:
-    """Downloads and unpacks what is missing; returns PEFT's source folder."""
+    """Downloads and unpacks what is missing; returns PEFT's source folder.
+
+    Raises:
+        SystemExit: the download failed.
+    """
     release = f"peft-{version('peft')}"
     source = folder / release
     if not source.is_dir():
         pip = [sys.executable, "-m", "pip", "--quiet"]
         archive = ["download", "--no-binary", ":all:", "--no-deps", "--no-build-isolation", "--dest", str(folder)]
-        subprocess.run([*pip, *archive, release.replace("-", "==")], check=True)
         packages = ["install", "--no-deps", "--target", str(folder / "packages"), *PACKAGES]
-        subprocess.run([*pip, *packages], check=True)
+        for arguments in ([*archive, release.replace("-", "==")], packages):
+            if subprocess.run([*pip, *arguments]).returncode:
+                wanted = f"PEFT's source archive and {', '.join(PACKAGES)}"
+                raise SystemExit(f"peft_suite: could not download {wanted}; it needs a package index, or {source}")
         with tarfile.open(folder / f"{release}.tar.gz") as tar:
             tar.extractall(folder, filter="data")
     (source / "tests/__init__.py").touch()
@@ -48,18 +56,20 @@ def prepare(folder: Path) -> Path:
 def main() -> int:
     """Returns pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/peft-suite")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/peft-suite")
     parser.add_argument("--stock", action="store_true", help="without the plugin, to compare")
+    parser.add_argument("--linear", action="store_true", help="only the tests of layers that the ops know")
     parser.add_argument("tests", nargs="*", default=["tests/test_custom_models.py"])
-    parser.add_argument("-k", dest="chosen", default=CHOSEN)
+    parser.add_argument("-k", dest="chosen", default=None)
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     source = prepare(folder)
+    chosen = options.chosen or (LINEAR if options.linear else CHOSEN)
     plugin = [] if options.stock else ["-p", "peftkern.integrations.peft_pytest"]
     paths = os.pathsep.join([str(ROOT), str(folder / "packages")])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-W", "ignore", *plugin, "-k", options.chosen]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-W", "ignore", *plugin, "-k", chosen]
     return subprocess.run([*command, *options.tests], cwd=source, env=environment).returncode
 
 

@@ -20,10 +20,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs Python in a process where the entry point is installed, whether or not it is in this one."""
-    installed = tmp_path / "peftkern_entry-0.dist-info"
+    """Runs Python in a process where the entry point is installed, in place of what this one has of peftkern."""
+    installed = tmp_path / "peftkern-0.dist-info"
     installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern-entry\nVersion: 0\n")
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: peftkern\nVersion: 0\n")
     (installed / "entry_points.txt").write_text(f"[bitsandbytes.backends]\n{ENTRY[0].replace(chr(34), '')}\n")
 
     def run(*arguments: str, setting: str | None) -> "subprocess.CompletedProcess[str]":
@@ -73,7 +73,27 @@ print(bnb_backend._registered)
 def test_an_unknown_bitsandbytes_is_left_alone(run):
     done = run("-c", UNKNOWN, setting="1")
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
-    assert "peftkern: the ops of this bitsandbytes are unknown; it stays on its own kernels" in done.stderr
+    said = (
+        r"peftkern: bitsandbytes must be >=0\.50, <0\.51, whose ops it knows, got [\d.]+; it stays on its own kernels"
+    )
+    assert re.search(said, done.stderr)
+
+
+BROKEN = """
+import sys
+sys.modules["peftkern._caps"] = None  # what an import of a native module that does not load comes to
+import bitsandbytes, torch
+layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+print(tuple(layer(torch.ones(2, 64)).shape), "peftkern" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_a_peftkern_that_cannot_be_imported_does_no_harm(setting, run):
+    done = run("-c", BROKEN, setting=setting)
+    assert (done.returncode, done.stdout) == (0, "(2, 32) False\n"), done.stderr
+    said = re.search("peftkern cannot be imported (.+); bitsandbytes stays on its own kernels", done.stderr)
+    assert (said is None) == (setting == "0")
 
 
 def test_other_settings_are_refused(run):

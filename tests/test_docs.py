@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import peftkern
-from benchmarks import table
+from benchmarks import backends_table, table
 from peftkern.cli import _build_parser, main
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +208,13 @@ def test_methods_figures_are_the_committed_results():
     wanted = table.of_files(table.METHODS_RESULTS)
     update = "python -m benchmarks.table benchmarks/results/methods/speed.json --update docs/methods.md"
     assert document[begin:end] == f"\n{wanted}\n", f"run: {update}"
+
+
+def test_backends_figures_are_the_committed_results():
+    document = (ROOT / "docs/peft.md").read_text()
+    begin, end = table.shown(document)
+    wanted = backends_table.of_file(backends_table.RESULTS)
+    assert document[begin:end] == f"\n{wanted}\n", "run: python -m benchmarks.backends_table --update docs/peft.md"
 
 
 def test_environment_variables_are_documented():

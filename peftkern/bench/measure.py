@@ -40,8 +40,8 @@ def copies(instance_bytes: int, rotated_bytes: int = ROTATED_BYTES) -> int:
     return max(1, -(-rotated_bytes // instance_bytes))
 
 
-def interleaved(contenders: Mapping[str, Run], budget_s: float = 4.0, least_rounds: int = 5) -> dict[str, Timing]:
-    """Times `run(i)` of each contender, i counting up, in rounds whose order rotates.
+def durations(contenders: Mapping[str, Run], budget_s: float = 4.0, least_rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of each `run(i)` of each contender, i counting up, in rounds whose order rotates.
 
     Rounds end after `budget_s` seconds, but not before `least_rounds`. Two rounds of warm-up are not counted.
     """
@@ -59,7 +59,12 @@ def interleaved(contenders: Mapping[str, Run], budget_s: float = 4.0, least_roun
         names = names[1:] + names[:1]
         if end is not None and number + 1 >= least_rounds and time.perf_counter() > end:
             break
-    return {name: summary(values) for name, values in seconds.items()}
+    return seconds
+
+
+def interleaved(contenders: Mapping[str, Run], budget_s: float = 4.0, least_rounds: int = 5) -> dict[str, Timing]:
+    """Medians and quartiles of `durations`."""
+    return {name: summary(values) for name, values in durations(contenders, budget_s, least_rounds).items()}
 
 
 def _cpu_model() -> str:

@@ -1,13 +1,15 @@
-"""bitsandbytes' 4-bit ops on the CPU by our kernels. bitsandbytes itself calls `register` when it is imported.
+"""bitsandbytes' 4-bit ops on the CPU by our kernels. bitsandbytes itself has `register` called when it is imported.
 
-`register` is the entry point `peftkern` of the group `bitsandbytes.backends`. NF4 goes to our kernels; what they do not
-take (FP4, other block sizes, scales that are not fp32, NaN) goes to the kernels that were registered before.
+By way of the entry point `peftkern` of the group `bitsandbytes.backends`, which is in peftkern_bnb.py. NF4 goes to our
+kernels; what they do not take (FP4, other block sizes, scales that are not fp32, NaN) goes to the kernels that were
+registered before.
 """
 
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
@@ -22,6 +24,8 @@ from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import BLOCK_SIZES, codes_reference
 
 Kernel = Callable[..., Any]
+TESTED_VERSIONS = ">=0.50, <0.51"
+"""Named where the ops are others; a release that has the same ops is taken."""
 _REPACKS = "support_avx512bf16_for_cpu"
 _registered = False
 
@@ -49,7 +53,11 @@ def register() -> None:
     exist = all(hasattr(torch.ops.bitsandbytes, op) for op in kernels)
     made = {op: make(_registered_kernel(op)) for op, make in kernels.items()} if exist else {}
     if not made or not all(_takes_arguments_of(op, kernel) for op, kernel in made.items()):
-        warnings.warn("peftkern: the ops of this bitsandbytes are unknown; it stays on its own kernels", stacklevel=2)
+        warnings.warn(
+            f"peftkern: bitsandbytes must be {TESTED_VERSIONS}, whose ops it knows, got {version('bitsandbytes')}; it "
+            "stays on its own kernels",
+            stacklevel=2,
+        )
         return
     with warnings.catch_warnings():
         # torch's, that a kernel replaces another; it does so on purpose.
