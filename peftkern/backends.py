@@ -24,6 +24,10 @@ class Choice(NamedTuple):
     reason: str
 
 
+# Made once: every call of every op asks.
+_CPU_CHOICES = {dtype: Choice("cpu", f"auto: x is {dtype} on the CPU") for dtype in CPU_DTYPES}
+
+
 class _Chosen(Exception):
     """Carries a choice out of a call that must not run."""
 
@@ -77,7 +81,7 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
     runs_on_cpu = x.device.type == "cpu" and x.dtype in CPU_DTYPES
     if name == "auto":
         if runs_on_cpu:
-            return Choice("cpu", f"auto: x is {x.dtype} on the CPU")
+            return _CPU_CHOICES[x.dtype]
         return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
     if name == "cpu" and not runs_on_cpu:
         raise RuntimeError(
