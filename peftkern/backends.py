@@ -32,6 +32,10 @@ class Choice(NamedTuple):
     reason: str
 
 
+# Made once: every call of every op asks.
+_CPU_CHOICES = {dtype: Choice("cpu", f"auto: x is {dtype} on the CPU") for dtype in CPU_DTYPES}
+
+
 class _Chosen(Exception):
     """Carries a choice out of a call that must not run."""
 
@@ -85,7 +89,7 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
     runs_on_cpu = x.device.type == "cpu" and x.dtype in CPU_DTYPES
     if name == "auto":
         if runs_on_cpu:
-            return Choice("cpu", f"auto: x is {x.dtype} on the CPU")
+            return _CPU_CHOICES[x.dtype]
         if x.device.type == "cuda" and x.dtype in TRITON_DTYPES:
             return _auto_on_gpu(op)
         return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peftkern._native import caps
+from peftkern.integrations import _peft_small
 
 # bitsandbytes is what tests compare with, so it must not run our kernels. Those of the backend turn it on.
 os.environ.setdefault("PEFTKERN_BNB", "0")
@@ -19,6 +20,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"this CPU lacks {request.param}")
     monkeypatch.setenv("PEFTKERN_ISA", request.param)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def small_layers_on_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's layers of tests are small; their ops are to be tested nevertheless."""
+    monkeypatch.setattr(_peft_small, "LEAST", {})
 
 
 @pytest.fixture

@@ -77,11 +77,16 @@ float dense_value(const Matrix& matrix, int64_t row, int64_t column) {
     return bits & 0x8000u ? -value : value;
 }
 
+float weight_value(const Weight& w, int64_t row, int64_t column) {
+    if (w.is_nf4) return nf4_value(w.nf4, row, column);
+    return w.dense_transposed ? dense_value(w.dense.matrix, column, row) : dense_value(w.dense.matrix, row, column);
+}
+
 // ||W_j + s B_j A|| without the factored form.
 float direct_norm(const Weight& w, int64_t row, const float* b, const float* a, int64_t rank, double s) {
     double sum = 0;
     for (int64_t k = 0; k < w.in_features; ++k) {
-        double v = w.is_nf4 ? nf4_value(w.nf4, row, k) : dense_value(w.dense.matrix, row, k);
+        double v = weight_value(w, row, k);
         for (int64_t r = 0; r < rank; ++r)
             v += s * static_cast<double>(b[r]) * static_cast<double>(a[r * w.in_features + k]);
         sum += v * v;
@@ -103,7 +108,7 @@ Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTen
         for (int64_t j = begin; j < end; ++j) {
             double sum = 0;
             for (int64_t k = 0; k < in_features; ++k) {
-                const double v = w.is_nf4 ? nf4_value(w.nf4, j, k) : dense_value(w.dense.matrix, j, k);
+                const double v = weight_value(w, j, k);
                 sum += v * v;
             }
             out[j] = static_cast<float>(sum);

@@ -130,7 +130,8 @@ Contraction term(const Matrix& x, const Matrix& w, int64_t depth, bool transpose
 }
 
 Contraction term(const Matrix& x, const Weight& w, bool transposed) {
-    Contraction c = term(x, w.dense.matrix, transposed ? w.in_features : w.out_features, transposed);
+    const int64_t depth = transposed ? w.in_features : w.out_features;
+    Contraction c = term(x, w.dense.matrix, depth, transposed != w.dense_transposed);
     if (w.is_nf4) c.nf4 = &w.nf4;
     c.bf16_dot = x.dtype == Dtype::kBFloat16 && (w.is_nf4 || w.dense.matrix.dtype == Dtype::kBFloat16);
     return c;
@@ -163,7 +164,8 @@ Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& abs
     if (block_size == 0) {
         const bool right = weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features;
         check_shape(op, "weight", weight, right, shape);
-        w.dense = rows_of(op, "weight", weight);
+        w.dense_transposed = row_stride(weight) < 0 && weight.stride(0) == 1;
+        w.dense = rows_of(op, "weight", w.dense_transposed ? torch::stable::transpose(weight, 0, 1) : weight);
         return w;
     }
     check_block_size(op, block_size);

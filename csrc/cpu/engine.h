@@ -23,7 +23,8 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor);
 
 // A weight [out, in]: NF4 bytes, or dense where block_size is 0.
 struct Weight {
-    Rows dense;
+    Rows dense;  // [in, out] if dense_transposed: a view such as that of GPT-2's Conv1D is read where it lies
+    bool dense_transposed;
     Tensor codes, absmax, nested_absmax, nested_quant_map;
     Nf4 nf4;
     bool is_nf4;

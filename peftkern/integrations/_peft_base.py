@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
 
 from peftkern import backends
+from peftkern.integrations import _peft_small
+from peftkern.integrations._peft_small import TOO_SMALL
 from peftkern.nf4 import NF4Weight
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import Weight, computing_dtype
@@ -30,10 +33,11 @@ if is_bnb_4bit_available():
 else:
     BNB_LINEARS = ()
 
+DENSE: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
+"""The weight of GPT-2's Conv1D is [in, out]; the ops read its transposed view where it lies."""
 FAST = "fast"
 _CALLS = "_peftkern_calls"
 _PLAIN = (Tensor, nn.Parameter)
-_PER_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Accelerated:
@@ -42,8 +46,13 @@ class Accelerated:
     _obstacle: Callable[..., str]
     _fast: Callable[..., Tensor]
     _op: Callable[..., str]
+    _usual_op: ClassVar[str]
+    _drops: Callable[..., bool]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not kwargs and is_small(self, x):
+            calls_of(self)[TOO_SMALL] += 1
+            return super().forward(x, *args)  # type: ignore[misc]
         obstacle = self._obstacle(x, args, kwargs)
         if not torch.compiler.is_compiling():
             calls_of(self)[obstacle or FAST] += 1
@@ -53,9 +62,44 @@ class Accelerated:
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
+def is_small(layer: Any, x: Any) -> bool:
+    """Whether PEFT's own forward is faster; a small layer's call has no time for more than a few looks."""
+    # What makes the op slow for small layers is not in a compiled graph.
+    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+        return False
+    least = _peft_small.LEAST.get((layer._usual_op, x.dtype))
+    if least is None:
+        return False
+    elements = x.numel()
+    products = elements * layer.out_features
+    if products >= least.products and elements >= least.rows * layer.in_features:
+        return False
+    if not _has_least(layer, x):
+        return False
+    return products < least.products_with_dropout or elements < least.rows * layer.in_features or not layer._drops()
+
+
+def least_rows(layer: Any, x: Tensor) -> int:
+    """With fewer rows of x PEFT's own forward is faster."""
+    least = _peft_small.LEAST.get((layer._usual_op, x.dtype))
+    if least is None or not _has_least(layer, x):
+        return 0
+    products = least.products_with_dropout if layer._drops() else least.products
+    return max(least.rows, -(-products // max(layer.in_features * layer.out_features, 1)))
+
+
+def _has_least(layer: Any, x: Tensor) -> bool:
+    """Whether it is plain LoRA or (IA)^3 on a dense weight on the CPU; under autocast torch is slower."""
+    plain = type(layer._modules["base_layer"]) in DENSE and not layer.lora_variant
+    return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 def calls_of(layer: Any) -> Counter[str]:
     """How often a layer's forward ran, by what it met: FAST or the obstacle."""
-    return layer.__dict__.setdefault(_CALLS, Counter())
+    counts = layer.__dict__.get(_CALLS)
+    if counts is None:
+        counts = layer.__dict__[_CALLS] = Counter()
+    return counts
 
 
 def forget_calls(layer: nn.Module) -> None:
@@ -94,7 +138,8 @@ def read_base(layer: Any, x: Tensor) -> Base:
         return Base(layer.nf4, layer.bias, dtype, dtype != x.dtype)
     if type(layer) in BNB_LINEARS:
         return Base(_bnb_weight(layer.weight), layer.bias, _dtype(layer, x), True)
-    return Base(layer.weight, layer.bias, x.dtype, False)
+    weight = tensor_of(layer, "weight")
+    return Base(weight if type(layer) is nn.Linear else weight.t(), tensor_of(layer, "bias"), x.dtype, False)
 
 
 def _dtype(layer: Any, x: Tensor) -> torch.dtype:
@@ -117,7 +162,7 @@ def _bnb_weight(weight: Any) -> NF4Weight:
 
 def op_dtype(layer: Any, x: Tensor) -> torch.dtype:
     """What the op on this base layer will compute in."""
-    return computing_dtype(x if type(layer) is nn.Linear else x.new_empty(0, dtype=_dtype(layer, x)))
+    return computing_dtype(x if type(layer) in DENSE else x.new_empty(0, dtype=_dtype(layer, x)))
 
 
 def idle(layer: Any, names: list[str]) -> str:
@@ -156,7 +201,7 @@ def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dic
 def base_obstacle(layer: Any, x: Tensor, op: str) -> str:
     """What makes a base layer none of those that the op computes."""
     kind = type(layer)
-    if kind is not nn.Linear and kind is not NF4Linear and kind not in BNB_LINEARS:
+    if kind not in DENSE and kind is not NF4Linear and kind not in BNB_LINEARS:
         return f"the base layer is {kind.__module__}.{kind.__name__}"
     choice = backends.choose(op, x)
     if choice.implementation == "reference":
@@ -165,12 +210,11 @@ def base_obstacle(layer: Any, x: Tensor, op: str) -> str:
         obstacle = _bnb_obstacle(layer)
         if obstacle:
             return obstacle
-        tensors = [layer.bias]
-    else:
-        tensors = [layer.weight, layer.bias]
-    if kind is nn.Linear and x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"x is {x.dtype}, the base weight {layer.weight.dtype}"
-    return hidden_obstacle("base_layer", layer, tensors, x)
+        return hidden_obstacle("base_layer", layer, (layer.bias,), x)
+    weight = tensor_of(layer, "weight")
+    if kind in DENSE and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype}, the base weight {weight.dtype}"
+    return hidden_obstacle("base_layer", layer, (weight, tensor_of(layer, "bias")), x)
 
 
 def _bnb_obstacle(layer: Any) -> str:
@@ -188,13 +232,18 @@ def _bnb_obstacle(layer: Any) -> str:
     return ""
 
 
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """A parameter, or what a wrapper has put in its place; past nn.Module's search for it."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
 def hidden_obstacle(name: str, module: nn.Module, tensors: Iterable[Tensor | None], x: Tensor) -> str:
     """What a module would do when called beside computing with these tensors of its own; the op does not call it."""
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced"
-    for hooks in _PER_CALL_HOOKS:
-        if getattr(module, hooks):
-            return f"{name} has hooks"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks"
     for tensor in tensors:
         if tensor is None:
             continue

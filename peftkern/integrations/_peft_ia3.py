@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft.import_utils import is_bnb_4bit_available
@@ -9,7 +10,9 @@ from peft.tuners import ia3
 from torch import Tensor, nn
 
 from peftkern.integrations._peft_base import (
+    DENSE,
     Accelerated,
+    Base,
     base_obstacle,
     call_obstacle,
     hidden_obstacle,
@@ -18,13 +21,19 @@ from peftkern.integrations._peft_base import (
     trains,
 )
 from peftkern.integrations.peft_merge import MergesNF4
-from peftkern.ops._linear import FLOATING
-from peftkern.ops.ia3_linear import ia3_linear
+from peftkern.ops._linear import FLOATING, autocast
+from peftkern.ops.ia3_linear import ia3_linear_native
 
 
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has."""
-    return [name for name in layer.active_adapters if name in layer.ia3_l]
+    present = layer._modules["ia3_l"]._parameters
+    return [name for name in layer.active_adapters if name in present]
+
+
+def drops(layer: Any) -> bool:
+    """(IA)^3 has no dropout."""
+    return False
 
 
 def op(layer: Any) -> str:
@@ -43,12 +52,14 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     found = base_obstacle(layer.base_layer, x, "ia3_linear")
     if found:
         return found
-    if type(layer.base_layer) is nn.Linear and trains(layer.base_layer.weight):
+    if type(layer.base_layer) in DENSE and trains(layer.base_layer.weight):
         return "the base weight requires grad"
-    scales = [layer.ia3_l[name] for name in names]
-    if any(scale.dtype not in FLOATING for scale in scales):
-        return f"the scale is {scales[0].dtype}"
-    return hidden_obstacle("ia3_l", layer.ia3_l, scales, x)
+    table = layer._modules["ia3_l"]
+    scales = [table._parameters[name] for name in names]
+    for scale in scales:
+        if scale.dtype not in FLOATING:
+            return f"the scale is {scale.dtype}"
+    return hidden_obstacle("ia3_l", table, scales, x)
 
 
 def fast(layer: Any, x: Tensor) -> Tensor:
@@ -56,17 +67,24 @@ def fast(layer: Any, x: Tensor) -> Tensor:
     base, names = read_base(layer.base_layer, x), active(layer)
     if idle(layer, names):
         return base.alone(x)
+    scales = layer._modules["ia3_l"]._parameters
     first, *others = names
-    scale = layer.ia3_l[first].flatten().float()
+    scale = scales[first].view(-1).float()
     for name in others:
-        scale = scale * layer.ia3_l[name].flatten()
-    return base.run(x, lambda x: ia3_linear(x, base.weight, scale, base.bias, layer.is_feedforward))
+        scale = scale * scales[name].view(-1)
+    return base.run(x, partial(_ia3, scale, base, layer.is_feedforward))
+
+
+def _ia3(scale: Tensor, base: Base, scale_input: bool, x: Tensor) -> Tensor:
+    x, bias = autocast(x, base.bias)
+    return ia3_linear_native(x, base.weight, scale, bias, scale_input)
 
 
 class Linear(Accelerated, MergesNF4, ia3.Linear):
     """ia3.Linear, its scale on the output or on the input."""
 
     _obstacle, _fast, _op = obstacle, fast, op
+    _usual_op, _drops, lora_variant = "ia3_linear", drops, None
 
 
 ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {ia3.Linear: Linear}
@@ -77,6 +95,7 @@ if is_bnb_4bit_available():
         """ia3.Linear4bit, which returns fp32 for whatever x comes in."""
 
         _obstacle, _fast, _op = obstacle, fast, op
+        _usual_op, _drops, lora_variant = "ia3_linear", drops, None
 
         def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return super()._stock(x, *args, **kwargs).to(x.dtype)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftkern.integrations._peft_base import (
+    DENSE,
     Accelerated,
     Base,
     base_obstacle,
@@ -21,16 +25,24 @@ from peftkern.integrations._peft_base import (
     idle,
     op_dtype,
     read_base,
+    tensor_of,
     trains,
 )
 from peftkern.integrations.peft_merge import MergesNF4
+from peftkern.ops._linear import autocast
 from peftkern.ops.dora_linear import dora_linear
-from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_linear import lora_linear_native
 
 
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    present = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in present]
+
+
+def drops(layer: Any) -> bool:
+    """Whether an active adapter drops elements of x."""
+    return layer.training and any(type(each) is nn.Dropout for each in layer._modules["lora_dropout"]._modules.values())
 
 
 def op(layer: Any) -> str:
@@ -40,8 +52,30 @@ def op(layer: Any) -> str:
 
 
 def _op_of(layer: Any, names: list[str]) -> str:
-    dora = any(type(layer.lora_variant.get(name)) is DoraLinearVariant for name in names)
+    variants = layer.lora_variant
+    dora = variants and any(type(variants.get(name)) is DoraLinearVariant for name in names)
     return "dora_linear" if dora else "lora_linear"
+
+
+class Parts(NamedTuple):
+    """What a layer has of one adapter."""
+
+    a: Any
+    b: Any
+    dropout: Any
+    scaling: float | Tensor
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability in force."""
+        return self.dropout.p if self.dropout.training and type(self.dropout) is nn.Dropout else 0.0
+
+
+def parts_of(layer: Any, name: str) -> Parts:
+    """Of an adapter that the layer has; past ModuleDict's own access, which is a third of a small layer's time."""
+    tables = layer._modules
+    a, b, dropout = (tables[table]._modules[name] for table in ("lora_A", "lora_B", "lora_dropout"))
+    return Parts(a, b, dropout, layer.scaling[name])
 
 
 def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
@@ -61,33 +95,29 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         found = _adapter_obstacle(layer, name, x, dtype)
         if found:
             return found
-    if len(names) == 1:
-        return ""
-    if chosen == "dora_linear":
-        return "several adapters, one of them DoRA"
-    if any(_dropout(layer.lora_dropout[name]) > 0 for name in names):
-        return "several adapters with dropout"
-    return ""
+    return "several adapters, one of them DoRA" if len(names) > 1 and chosen == "dora_linear" else ""
 
 
 def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> str:
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    scaling, variant = layer.scaling[name], layer.lora_variant.get(name)
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+    a, b, dropout, scaling = parts_of(layer, name)
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or tensor_of(a, "bias") is not None:
         return f"lora_A is {type(a).__name__}, lora_B {type(b).__name__}"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"the dropout is {type(dropout).__name__}"
-    if a.weight.dtype != b.weight.dtype or a.weight.dtype not in (torch.float32, dtype):
-        return f"the adapter is {a.weight.dtype} and {b.weight.dtype}, x {dtype}"
-    if not layer.cast_input_dtype_enabled and a.weight.dtype != x.dtype:
+    a_weight, b_weight, b_bias = tensor_of(a, "weight"), tensor_of(b, "weight"), tensor_of(b, "bias")
+    a_dtype = a_weight.dtype
+    if a_dtype != b_weight.dtype or a_dtype not in (torch.float32, dtype):
+        return f"the adapter is {a_dtype} and {b_weight.dtype}, x {dtype}"
+    if a_dtype != x.dtype and not layer.cast_input_dtype_enabled:
         return "the cast of x to the adapter's dtype is disabled"
     if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.device != x.device):
         return "scaling is not a number or a 0-d tensor on x's device"
     found = (
-        hidden_obstacle("lora_A", a, [a.weight], x)
-        or hidden_obstacle("lora_B", b, [b.weight, b.bias], x)
-        or hidden_obstacle("lora_dropout", dropout, [], x)
+        hidden_obstacle("lora_A", a, (a_weight,), x)
+        or hidden_obstacle("lora_B", b, (b_weight, b_bias), x)
+        or hidden_obstacle("lora_dropout", dropout, (), x)
     )
+    variant = layer.lora_variant.get(name)
     if found or variant is None:
         return found
     if type(variant) is not DoraLinearVariant:
@@ -95,16 +125,14 @@ def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> s
     magnitude = layer.lora_magnitude_vector[name]
     if type(magnitude) is not DoraLinearLayer:
         return f"the magnitude is {type(magnitude).__name__}"
-    if b.bias is not None:
+    if b_bias is not None:
         return "DoRA with lora_bias"
-    if type(layer.base_layer) is nn.Linear and trains(layer.base_layer.weight):
+    base = layer.base_layer
+    if type(base) in DENSE and trains(base.weight):
         return "DoRA on a weight that requires grad"
+    if magnitude.fan_in_fan_out != (type(base) is Conv1D):
+        return f"DoRA with fan_in_fan_out={magnitude.fan_in_fan_out} on {type(base).__name__}"
     return hidden_obstacle("lora_magnitude_vector", magnitude, [magnitude.weight], x)
-
-
-def _dropout(module: nn.Module) -> float:
-    """The probability in force."""
-    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
 def fast(layer: Any, x: Tensor) -> Tensor:
@@ -112,39 +140,53 @@ def fast(layer: Any, x: Tensor) -> Tensor:
     base, names = read_base(layer.base_layer, x), active(layer)
     if idle(layer, names):
         return base.alone(x)
+    adapters = [parts_of(layer, name) for name in names]
     if _op_of(layer, names) == "dora_linear":
-        return base.run(x, lambda x: _dora(layer, names[0], base, x))
-    if len(names) > 1:
-        return base.run(x, lambda x: _several(layer, names, base, x))
-    return base.run(x, lambda x: _one(layer, names[0], base, x))
+        return base.run(x, partial(_dora, layer, names[0], adapters[0], base))
+    return base.run(x, partial(_lora, adapters, base))
 
 
-def _one(layer: Any, name: str, base: Base, x: Tensor) -> Tensor:
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    p = _dropout(layer.lora_dropout[name])
-    return lora_linear(x, base.weight, a, b, layer.scaling[name], _bias(layer, [name], base), p, p > 0)
+def _lora(adapters: list[Parts], base: Base, x: Tensor) -> Tensor:
+    """The adapters without dropout in one op; every other one has a mask of its own, the first takes a place in it."""
+    at_once, others = adapters, []
+    if len(adapters) > 1:
+        at_once = [adapter for adapter in adapters if adapter.dropout_p == 0] or adapters[:1]
+        others = [adapter for adapter in adapters if adapter.dropout_p > 0 and adapter is not at_once[0]]
+    p, scaling = at_once[0].dropout_p, at_once[0].scaling
+    if len(at_once) == 1:
+        a, b = tensor_of(at_once[0].a, "weight"), tensor_of(at_once[0].b, "weight")
+    else:  # one adapter of all their ranks, made anew at every call: nothing stale can be kept
+        a = torch.cat([adapter.a.weight.float() for adapter in at_once])
+        b = torch.cat([adapter.b.weight.float() * adapter.scaling for adapter in at_once], 1)
+        scaling = 1.0
+    x, bias = autocast(x, _bias(at_once, base))
+    y = lora_linear_native(x, base.weight, a, b, scaling, bias, p)
+    for adapter in others:
+        y = y + _delta(adapter, x)
+    return y.to(x.dtype)
 
 
-def _several(layer: Any, names: list[str], base: Base, x: Tensor) -> Tensor:
-    """One adapter of all their ranks, made anew at every call: nothing that could be stale is kept."""
-    a = torch.cat([layer.lora_A[name].weight.float() for name in names])
-    b = torch.cat([layer.lora_B[name].weight.float() * layer.scaling[name] for name in names], 1)
-    return lora_linear(x, base.weight, a, b, 1.0, _bias(layer, names, base))
+def _delta(adapter: Parts, x: Tensor) -> Tensor:
+    """What one adapter adds to y, as PEFT computes it."""
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = adapter.a, adapter.b
+        dropped = F.dropout(x.to(a.weight.dtype), adapter.dropout_p)
+        return F.linear(F.linear(dropped, a.weight), b.weight, b.bias) * adapter.scaling
 
 
-def _dora(layer: Any, name: str, base: Base, x: Tensor) -> Tensor:
-    a, b, m = (table[name].weight for table in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
-    p = _dropout(layer.lora_dropout[name]) if layer.training else 0.0
-    return dora_linear(x, base.weight, a, b, m.float(), layer.scaling[name], base.bias, p, p > 0)
+def _dora(layer: Any, name: str, adapter: Parts, base: Base, x: Tensor) -> Tensor:
+    a, b, m = adapter.a.weight, adapter.b.weight, layer.lora_magnitude_vector[name].weight
+    p = adapter.dropout_p if layer.training else 0.0
+    return dora_linear(x, base.weight, a, b, m.float(), adapter.scaling, base.bias, p, p > 0)
 
 
-def _bias(layer: Any, names: list[str], base: Base) -> Tensor | None:
+def _bias(adapters: list[Parts], base: Base) -> Tensor | None:
     """The base layer's bias and the scaled ones of lora_B, in fp32 as soon as there are several."""
     bias = base.bias
-    for name in names:
-        own = layer.lora_B[name].bias
+    for adapter in adapters:
+        own = tensor_of(adapter.b, "bias")
         if own is not None:
-            scaled = own.float() * layer.scaling[name]
+            scaled = own.float() * adapter.scaling
             bias = scaled if bias is None else bias.float() + scaled
     return bias
 
@@ -153,6 +195,7 @@ class Linear(Accelerated, MergesNF4, lora.Linear):
     """lora.Linear: LoRA, rsLoRA, lora_bias, several adapters, DoRA."""
 
     _obstacle, _fast, _op = obstacle, fast, op
+    _usual_op, _drops = "lora_linear", drops
 
 
 ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear}
@@ -163,6 +206,7 @@ if is_bnb_4bit_available():
         """lora.Linear4bit, whose merge forgets to scale the bias of lora_B."""
 
         _obstacle, _fast, _op = obstacle, fast, op
+        _usual_op, _drops = "lora_linear", drops
         lora_bias: dict[str, bool]
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -149,6 +149,8 @@ def explain_layer(layer: nn.Module, x: Tensor | None = None) -> tuple[str, str, 
         known = kind in _fast_classes() if _is_supported(None) else False
         reason = "peftkern.accelerate(model) has not been called" if known else f"no op for {kind.__module__} layers"
         return "linear", "torch", f"PEFT's own forward: {reason}"
+    from peftkern.integrations._peft_base import least_rows
+
     accelerated: Any = layer
     op, probe = accelerated._op(), _probe(accelerated, x)
     fast, stock = _calls_of(layer)
@@ -160,7 +162,9 @@ def explain_layer(layer: nn.Module, x: Tensor | None = None) -> tuple[str, str, 
         return op, "none", str(error)
     if obstacle:
         return op, "torch", f"PEFT's own forward: {obstacle}{ran}"
-    return op, implementation, reason + ran
+    rows = least_rows(accelerated, probe)
+    small = f"; PEFT's own below {rows} rows of x, where torch is faster" if rows > 1 else ""
+    return op, implementation, reason + small + ran
 
 
 def _probe(layer: Any, x: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """A pytest plugin that runs any tests of PEFT's on the fused ops: `pytest -p peftkern.integrations.peft_pytest`.
 
-It replaces the forward of PEFT's own layer classes, so that every layer of every test is accelerated, and prints at the
-end which share of the forwards took the fast path, in all, by feature, and why the others did not: tests that pass
-without running the ops prove nothing.
+It replaces the forward of PEFT's own layer classes, so that every layer of every test is accelerated however small, and
+prints at the end which share of the forwards took the fast path, in all, by feature, and why the others did not: tests
+that pass without running the ops prove nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import pytest
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftkern.integrations import _peft_ia3, _peft_lora
-from peftkern.integrations._peft_base import BNB_LINEARS, FAST
+from peftkern.integrations._peft_base import BNB_LINEARS, FAST, idle
 from peftkern.nn.nf4_linear import NF4Linear
 
 # (feature, FAST or the obstacle) -> forwards; one forward has several features.
 _forwards: Counter[tuple[str, str]] = Counter()
 _replaced: dict[type, Any] = {}
 ALL = "all"
+IDLE = "no adapter computes"
+"""Adapters disabled, merged or none active: a forward of the base layer, not of LoRA; counted apart."""
 _REASONS_SHOWN = 12
 
 
@@ -68,17 +71,21 @@ def _forward(stock: type, accelerated: Any, family: Any) -> Callable[..., Tensor
             return own(self, x, *args, **kwargs)
         obstacle = family.obstacle(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
-            for feature in (ALL, *_features(self)):
+            for feature in (IDLE,) if idle(self, family.active(self)) else (ALL, *_features(self, x)):
                 _forwards[feature, obstacle or FAST] += 1
         return own(self, x, *args, **kwargs) if obstacle else family.fast(self, x)
 
     return forward
 
 
-def _features(layer: Any) -> list[str]:
+def _features(layer: Any, x: Tensor) -> list[str]:
     found = _lora_features(layer) if hasattr(layer, "lora_A") else ["(IA)^3"]
     if type(layer.base_layer) is NF4Linear or type(layer.base_layer) in BNB_LINEARS:
         found.append("4-bit")
+    if type(layer.base_layer) is Conv1D:
+        found.append("Conv1D")
+    if x.dtype == torch.bfloat16:
+        found.append("bf16")
     return found
 
 

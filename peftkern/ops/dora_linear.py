@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops
+from peftkern.ops._autograd import differentiable
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -115,7 +116,7 @@ def dora_norm(
     if isinstance(scaling, Tensor):
         lora_b, scaling = lora_b.float() * scaling, 1.0
     native = native_weight(weight)
-    return ops.dora_linear_norm(*native, lora_a, lora_b, scaling, square_norm, dtype == torch.bfloat16)
+    return _dora_linear_norm(*native, lora_a, lora_b, scaling, square_norm, dtype == torch.bfloat16)
 
 
 def dora_linear(
@@ -181,7 +182,7 @@ def dora_linear(
         norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend="cpu")
     scale = magnitude.float() / (norm.detach() if detach_norm else norm)
     need_z = torch.is_grad_enabled() and scale.requires_grad
-    y, _, _ = ops.dora_linear(
+    y, _, _ = _dora_linear(
         x,
         *native_weight(weight),
         out_features,
@@ -224,7 +225,7 @@ def _setup_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _norm_backward(ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
     norm, *weight, lora_a, lora_b = ctx.saved_tensors
     block_size, scaling = ctx.scalars
-    grads = ops.dora_linear_norm_backward(grad_norm, norm, *weight, block_size, lora_a, lora_b, scaling)
+    grads = _dora_linear_norm_backward(grad_norm, norm, *weight, block_size, lora_a, lora_b, scaling)
     grad_a, grad_b = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[6:8]))
     return *(None,) * 6, grad_a, grad_b, None, None, None
 
@@ -271,6 +272,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     x, *weight, block_size, _, lora_a, lora_b, scale, scaling, bias, dropout_p, seed, drop_base, need_z = inputs
     ctx.save_for_backward(x, output[1], output[2], *weight, lora_a, lora_b, scale, seed)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # no zeros for these
     ctx.scalars = block_size, scaling, dropout_p, drop_base, need_z
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -282,7 +284,7 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     need_x, need_a, need_b, need_scale = needs[0], needs[8], needs[9], needs[10] and need_z
     grad_x = grad_a = grad_b = grad_scale = grad_bias = None
     if need_x or need_a or need_b or need_scale:
-        grad_x, grad_a, grad_b, grad_scale = ops.dora_linear_backward(
+        grad_x, grad_a, grad_b, grad_scale = _dora_linear_backward(
             grad_y,
             *(x, h, z),
             *weight,
@@ -305,7 +307,7 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::dora_linear_norm", _norm_backward, setup_context=_setup_norm)
-torch.library.register_autograd("peftkern::dora_linear", _backward, setup_context=_setup_context)
-for _op in ("dora_linear_norm_backward", "dora_linear_backward"):
-    torch.library.register_autograd(f"peftkern::{_op}", raise_double_backward("dora_linear"))
+_dora_linear_norm = differentiable("dora_linear_norm", _norm_backward, _setup_norm)
+_dora_linear = differentiable("dora_linear", _backward, _setup_context)
+_dora_linear_norm_backward = differentiable("dora_linear_norm_backward", raise_double_backward("dora_linear"))
+_dora_linear_backward = differentiable("dora_linear_backward", raise_double_backward("dora_linear"))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
+from peftkern.ops._autograd import differentiable
 from peftkern.ops._linear import (
     Weight,
     accumulate_dtype,
@@ -77,7 +77,12 @@ def ia3_linear(
     x, bias = autocast(x, bias)
     if backends.choose(op, x, backend).implementation == "reference":
         return ia3_linear_reference(x, weight, scale, bias, scale_input)
-    return ops.ia3_linear(x, *native_weight(weight), out_features, scale.float(), bias, scale_input)
+    return ia3_linear_native(x, weight, scale, bias, scale_input)
+
+
+def ia3_linear_native(x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, scale_input: bool) -> Tensor:
+    """`ia3_linear` on the kernels, for arguments that have been checked and x and bias that are cast."""
+    return _ia3_linear(x, *native_weight(weight), weight.shape[0], scale.float(), bias, scale_input)
 
 
 @torch.library.register_fake("peftkern::ia3_linear")
@@ -106,7 +111,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_scale, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[8], ctx.needs_input_grad[9]
     grad_x = grad_scale = grad_bias = None
     if need_x or need_scale:
-        grad_x, grad_scale = ops.ia3_linear_backward(
+        grad_x, grad_scale = _ia3_linear_backward(
             grad_y, x, y, *weight, block_size, scale, bias, scale_input, need_x, need_scale
         )
     if need_bias:
@@ -121,5 +126,5 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::ia3_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::ia3_linear_backward", raise_double_backward("ia3_linear"))
+_ia3_linear = differentiable("ia3_linear", _backward, _setup_context)
+_ia3_linear_backward = differentiable("ia3_linear_backward", raise_double_backward("ia3_linear"))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
+from peftkern.ops._autograd import differentiable
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     NUMBER,
@@ -82,14 +82,30 @@ def lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
-    out_features, _ = check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+    check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
-    seed = draw_seed() if training and dropout_p > 0 else None
+    dropout_p = dropout_p if training else 0.0
     if backends.choose("lora_linear", x, backend).implementation == "reference":
+        seed = draw_seed() if dropout_p > 0 else None
         return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
+    return lora_linear_native(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+
+
+def lora_linear_native(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """`lora_linear` on the kernels, with dropout, for arguments that have been checked and x and bias that are cast."""
     if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
         lora_b, scaling = lora_b.float() * scaling, 1.0
-    y, _ = ops.lora_linear(x, *native_weight(weight), out_features, lora_a, lora_b, scaling, bias, dropout_p, seed)
+    seed = draw_seed() if dropout_p > 0 else None
+    native = native_weight(weight)
+    y, _ = _lora_linear(x, *native, weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)
     return y
 
 
@@ -181,6 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     x, *weight, block_size, _, lora_a, lora_b, scaling, bias, dropout_p, seed = inputs
     ctx.save_for_backward(x, output[1], *weight, lora_a, lora_b, seed)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for h
     ctx.scalars = block_size, scaling, dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -192,14 +209,13 @@ def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_a, need_b, need_bias = needs[0], needs[1], needs[8], needs[9], needs[11]
     grad_x = grad_weight = grad_a = grad_b = grad_bias = None
     if need_x or need_a or need_b:
-        grad_x, grad_a, grad_b = ops.lora_linear_backward(
+        grad_x, grad_a, grad_b = _lora_linear_backward(
             grad_y, x, h, *weight, block_size, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
         )
-    rows = grad_y.reshape(-1, grad_y.shape[-1])
     if need_weight:
-        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     if need_bias:
-        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return (
         grad_x if need_x else None,
         grad_weight.to(weight[0].dtype) if grad_weight is not None else None,
@@ -213,5 +229,5 @@ def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::lora_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::lora_linear_backward", raise_double_backward("lora_linear"))
+_lora_linear = differentiable("lora_linear", _backward, _setup_context)
+_lora_linear_backward = differentiable("lora_linear_backward", raise_double_backward("lora_linear"))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.nf4 import NF4Weight
+from peftkern.ops._autograd import differentiable
 from peftkern.ops._linear import (
     accumulate_dtype,
     autocast,
@@ -51,7 +51,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
     x, bias = autocast(x, bias)
     if backends.choose("nf4_linear", x, backend).implementation == "reference":
         return nf4_linear_reference(x, weight, bias)
-    return ops.nf4_linear(x, *native_weight(weight), out_features, bias)
+    return _nf4_linear(x, *native_weight(weight), out_features, bias)
 
 
 @torch.library.register_fake("peftkern::nf4_linear")
@@ -94,11 +94,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = ops.nf4_linear_backward(grad_y, *ctx.saved_tensors, ctx.block_size, ctx.in_features)
+        grad_x = _nf4_linear_backward(grad_y, *ctx.saved_tensors, ctx.block_size, ctx.in_features)
     if ctx.needs_input_grad[8]:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, None, None, None, grad_bias
 
 
-torch.library.register_autograd("peftkern::nf4_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::nf4_linear_backward", raise_double_backward("nf4_linear"))
+_nf4_linear = differentiable("nf4_linear", _backward, _setup_context)
+_nf4_linear_backward = differentiable("nf4_linear_backward", raise_double_backward("nf4_linear"))
