@@ -38,7 +38,7 @@ def test_files_are_found() -> None:
 
 @pytest.mark.parametrize("op", sorted(backends.TRITON_OPS))
 def test_schemas_are_the_native_ones(op: str) -> None:
-    native, triton = (str(getattr(ops, op).default._schema).partition("::")[2] for ops in NAMESPACES.values())
+    native, triton = (str(getattr(ops.library, op).default._schema).partition("::")[2] for ops in NAMESPACES.values())
     assert native == triton
 
 

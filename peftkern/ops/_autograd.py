@@ -28,7 +28,11 @@ def differentiable(name: str, backward: Backward, setup_context: Callable[..., N
         The op, to be called with all its arguments by position.
     """
     torch.library.register_autograd(f"peftkern::{name}", backward, setup_context=setup_context)
-    op = getattr(ops, name).default
+    return eager(getattr(ops, name).default, backward, setup_context)
+
+
+def eager(op: Any, backward: Backward, setup_context: Callable[..., None] | None) -> Callable:
+    """An op with a registered formula, to be called by position, with the formula at hand for eager calls."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -38,7 +42,7 @@ def differentiable(name: str, backward: Backward, setup_context: Callable[..., N
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"{name}_function", (torch.autograd.Function,), members)
+    function: Any = type(f"{op.name()}_function", (torch.autograd.Function,), members)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_traced():

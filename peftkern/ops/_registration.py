@@ -12,9 +12,22 @@ import torch
 
 from peftkern import backends
 from peftkern._native import ops as _native_ops
+from peftkern.ops._autograd import eager
 
 _library = torch.library.Library("peftkern_triton", "DEF")
-NAMESPACES = {"cpu": _native_ops, "triton": torch.ops.peftkern_triton}
+
+
+class Namespace:
+    """Ops as attributes, called by position: as `eager` makes them where it can, else as torch.library has them."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.library, name)
+
+
+NAMESPACES = {"cpu": Namespace(_native_ops), "triton": Namespace(torch.ops.peftkern_triton)}
 
 
 def register(
@@ -43,8 +56,12 @@ def register(
     for device in ("CUDA", "CPU"):  # the CPU under Triton's interpreter; `backends.choose` has checked that
         _library.impl(op, run, device)
     for ops in NAMESPACES.values():
-        name = f"{ops.name}::{op}"
+        name = f"{ops.library.name}::{op}"
         torch.library.register_fake(name, fake)
-        if backward is not None:
-            torch.library.register_autograd(name, partial(backward, ops), setup_context=setup_context)
+        if backward is None:
+            continue
+        formula = partial(backward, ops)
+        torch.library.register_autograd(name, formula, setup_context=setup_context)
+        if "Tensor[]" not in schema:
+            setattr(ops, op, eager(getattr(ops.library, op).default, formula, setup_context))
     backends.TRITON_OPS.add(op)
