@@ -16,6 +16,7 @@ from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.ops.lora_qkv import lora_qkv
+from peftkern.ops.multi_lora_linear import multi_lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
@@ -61,6 +62,7 @@ __all__ = [
     "lora_qkv",
     "loraplus_groups",
     "merge",
+    "multi_lora_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
