@@ -56,6 +56,9 @@ class PeftMixed(nn.Module):
         for lora_b in wrapped.lora_B.values():
             nn.init.normal_(lora_b.weight, std=0.01)
         self.layer = wrapped.eval()
+        base = wrapped.base_layer
+        if base.out_features % 32 or base.in_features % 64:
+            base.train()  # bitsandbytes' eval path takes whole blocks
         self.names = list(wrapped.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.ia3_l]
 
 
-def op(layer: Any) -> str:
-    """The op that the layer's state asks for."""
+def op(layer: Any, adapter_names: object = None) -> str:
+    """The op that the layer's state asks for; PEFT has no mixed batches of (IA)^3."""
     return "nf4_linear" if idle(layer, active(layer)) else "ia3_linear"
 
 

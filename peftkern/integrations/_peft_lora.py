@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from peftkern.integrations._peft_base import (
 from peftkern.integrations.peft_merge import MergesNF4
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.multi_lora_linear import multi_lora_linear
+
+BASE_NAME = "__base__"
+"""PEFT's word for samples without an adapter."""
 
 
 def active(layer: Any) -> list[str]:
@@ -33,10 +38,12 @@ def active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def op(layer: Any) -> str:
-    """The op that the layer's state asks for."""
-    names = active(layer)
-    return "nf4_linear" if idle(layer, names) else _op_of(layer, names)
+def op(layer: Any, adapter_names: Sequence[str] | None = None) -> str:
+    """The op that the layer's state asks for, and the names of a mixed batch."""
+    names = active(layer) if adapter_names is None else in_batch(layer, adapter_names)
+    if idle(layer, names):
+        return "nf4_linear"
+    return _op_of(layer, names) if adapter_names is None else "multi_lora_linear"
 
 
 def _op_of(layer: Any, names: list[str]) -> str:
@@ -44,15 +51,27 @@ def _op_of(layer: Any, names: list[str]) -> str:
     return "dora_linear" if dora else "lora_linear"
 
 
+def in_batch(layer: Any, adapter_names: Sequence[str]) -> list[str]:
+    """Which of a mixed batch's adapters this layer has; the base alone computes the others' samples, as in PEFT."""
+    return [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A and name != BASE_NAME]
+
+
 def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """Why this call is for PEFT's own forward."""
-    names = active(layer)
-    found = call_obstacle(layer, names, x, args, kwargs)
+    adapter_names: Any = kwargs.get("adapter_names")
+    mixed = adapter_names is not None
+    if mixed:
+        found = _batch_obstacle(layer, x, adapter_names)
+        if found:
+            return found
+    names = in_batch(layer, adapter_names) if mixed else active(layer)
+    others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+    found = call_obstacle(layer, names, x, args, others)
     if found:
         return found
     if idle(layer, names):
         return base_obstacle(layer.base_layer, x, "nf4_linear")
-    chosen = _op_of(layer, names)
+    chosen = "multi_lora_linear" if mixed else _op_of(layer, names)
     found = base_obstacle(layer.base_layer, x, chosen)
     if found:
         return found
@@ -61,12 +80,34 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         found = _adapter_obstacle(layer, name, x, dtype)
         if found:
             return found
+    if mixed:
+        return _mixed_obstacle(layer, names)
     if len(names) == 1:
         return ""
     if chosen == "dora_linear":
         return "several adapters, one of them DoRA"
     if any(_dropout(layer.lora_dropout[name]) > 0 for name in names):
         return "several adapters with dropout"
+    return ""
+
+
+def _batch_obstacle(layer: Any, x: Any, adapter_names: Any) -> str:
+    """What is wrong with a mixed batch; PEFT raises its own errors for the first three."""
+    if not isinstance(adapter_names, list | tuple) or not isinstance(x, Tensor) or len(x) != len(adapter_names):
+        return "adapter_names does not fit x"
+    if layer.merged:
+        return "adapter_names with merged adapters"
+    if any(layer.use_dora.get(name, False) for name in adapter_names if name != BASE_NAME):
+        return "a mixed batch with DoRA"
+    return "a mixed batch of vectors" if x.dim() < 2 else ""
+
+
+def _mixed_obstacle(layer: Any, names: list[str]) -> str:
+    """What of the adapters of a mixed batch, each of which an op could compute, none computes together."""
+    if any(layer.lora_B[name].bias is not None for name in names):
+        return "a mixed batch with lora_bias"
+    if len({_dropout(layer.lora_dropout[name]) for name in names}) > 1:
+        return "a mixed batch of several dropout rates"
     return ""
 
 
@@ -107,11 +148,14 @@ def _dropout(module: nn.Module) -> float:
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
-def fast(layer: Any, x: Tensor) -> Tensor:
+def fast(layer: Any, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
     """What PEFT's forward computes, by one op."""
-    base, names = read_base(layer.base_layer, x), active(layer)
+    base = read_base(layer.base_layer, x)
+    names = active(layer) if adapter_names is None else in_batch(layer, adapter_names)
     if idle(layer, names):
         return base.alone(x)
+    if adapter_names is not None:
+        return base.run(x, lambda x: _mixed(layer, names, adapter_names, base, x))
     if _op_of(layer, names) == "dora_linear":
         return base.run(x, lambda x: _dora(layer, names[0], base, x))
     if len(names) > 1:
@@ -123,6 +167,16 @@ def _one(layer: Any, name: str, base: Base, x: Tensor) -> Tensor:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     p = _dropout(layer.lora_dropout[name])
     return lora_linear(x, base.weight, a, b, layer.scaling[name], _bias(layer, [name], base), p, p > 0)
+
+
+def _mixed(layer: Any, names: list[str], adapter_names: Sequence[str], base: Base, x: Tensor) -> Tensor:
+    """Only the adapters in the batch: the others get no gradient, as in PEFT."""
+    places = {name: i for i, name in enumerate(names)}
+    indices = torch.tensor([places.get(name, -1) for name in adapter_names], device=x.device)
+    lora_as, lora_bs = ([table[name].weight for name in names] for table in (layer.lora_A, layer.lora_B))
+    p = _dropout(layer.lora_dropout[names[0]])
+    scalings = [layer.scaling[name] for name in names]
+    return multi_lora_linear(x, base.weight, lora_as, lora_bs, scalings, indices, base.bias, p, p > 0)
 
 
 def _several(layer: Any, names: list[str], base: Base, x: Tensor) -> Tensor:

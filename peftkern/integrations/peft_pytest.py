@@ -68,17 +68,19 @@ def _forward(stock: type, accelerated: Any, family: Any) -> Callable[..., Tensor
             return own(self, x, *args, **kwargs)
         obstacle = family.obstacle(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
-            for feature in (ALL, *_features(self)):
+            for feature in (ALL, *_features(self, kwargs)):
                 _forwards[feature, obstacle or FAST] += 1
-        return own(self, x, *args, **kwargs) if obstacle else family.fast(self, x)
+        return own(self, x, *args, **kwargs) if obstacle else family.fast(self, x, **kwargs)
 
     return forward
 
 
-def _features(layer: Any) -> list[str]:
+def _features(layer: Any, kwargs: dict[str, Any]) -> list[str]:
     found = _lora_features(layer) if hasattr(layer, "lora_A") else ["(IA)^3"]
     if type(layer.base_layer) is NF4Linear or type(layer.base_layer) in BNB_LINEARS:
         found.append("4-bit")
+    if kwargs.get("adapter_names") is not None:
+        found.append("mixed batch")
     return found
 
 
