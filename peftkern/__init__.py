@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from peftkern import nn
+from peftkern.batch import adapters_for_batch
 from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
 from peftkern.integrations.bnb_layers import from_bnb, to_bnb
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NF4Weight",
     "accelerate",
+    "adapters_for_batch",
     "add_lora",
     "bottleneck_adapter",
     "delete_adapter",

@@ -134,7 +134,7 @@ def _state(layer: AdapterModule | NF4Linear) -> str:
         return ""
     if not layer.enabled:
         return "adapters disabled"
-    if layer.active_adapter is None:
+    if layer.active_adapter is None and getattr(layer, "batch", None) is None:
         return "no active adapter"
     return "merged" if getattr(layer, "merged", False) else ""
 
