@@ -43,6 +43,15 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "bool need_inner) -> (Tensor grad_x, Tensor grad_a, Tensor grad_down_a, Tensor[] grad_bs, Tensor product, "
         "Tensor grad_gate, Tensor grad_up)");
     m.def(
+        "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+        "Tensor? offset, int block_size, SymInt out_features, Tensor[] lora_as, Tensor[] lora_bs, float[] scalings, "
+        "Tensor indices, Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor y, Tensor h)");
+    m.def(
+        "multi_lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor? absmax, "
+        "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor[] lora_as, "
+        "Tensor[] lora_bs, float[] scalings, Tensor indices, float dropout_p, Tensor? seed, bool need_x, "
+        "int[] need_as, int[] need_bs) -> (Tensor grad_x, Tensor[] grad_as, Tensor[] grad_bs)");
+    m.def(
         "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
     m.def(

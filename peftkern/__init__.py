@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from peftkern import nn
+from peftkern.batch import adapters_for_batch
 from peftkern.blocks import fuse_blocks, unfuse_blocks
 from peftkern.explain import explain, report
 from peftkern.integrations.bnb_layers import from_bnb, to_bnb
@@ -16,6 +17,7 @@ from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.ops.lora_qkv import lora_qkv
+from peftkern.ops.multi_lora_linear import multi_lora_linear
 from peftkern.ops.nf4_dequantize import nf4_dequantize
 from peftkern.ops.nf4_linear import nf4_linear
 from peftkern.ops.nf4_quantize import nf4_quantize
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NF4Weight",
     "accelerate",
+    "adapters_for_batch",
     "add_lora",
     "bottleneck_adapter",
     "delete_adapter",
@@ -61,6 +64,7 @@ __all__ = [
     "lora_qkv",
     "loraplus_groups",
     "merge",
+    "multi_lora_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",

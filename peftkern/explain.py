@@ -1,7 +1,7 @@
 """What will run and what it holds: `explain` for calls, `report` for models."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -45,7 +45,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         target: a model: one record per NF4Linear and module with adapters in it, HF PEFT's included. Or a public
             function of peftkern: one record.
         args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
-            model's first tensor gives the device, and the dtype if it is floating point.
+            model's first tensor gives the device, and the dtype if it is floating point; `adapter_names` counts for
+            HF PEFT's layers.
 
     Raises:
         TypeError: `target` is neither.
@@ -54,7 +55,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     if isinstance(target, nn.Module):
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = next(tensors, None)
-        return _explain_model(target, x)
+        return _explain_model(target, x, kwargs.get("adapter_names"))
     name = getattr(target, "__name__", type(target).__name__)
     if not callable(target) or not getattr(target, "__module__", "").startswith("peftkern.ops."):
         raise TypeError(f"explain: target must be an nn.Module or a function of peftkern, got {name}")
@@ -66,7 +67,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     return [Explanation(name, op, choice.implementation, choice.reason)]
 
 
-def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
+def _explain_model(model: nn.Module, x: Tensor | None, adapter_names: Sequence[str] | None = None) -> list[Explanation]:
     blocks = (module for module in model.modules() if isinstance(module, FusedBlock))
     fused = {layer: block.op for block in blocks for layer in block.fused_layers()}
     records = []
@@ -74,7 +75,7 @@ def _explain_model(model: nn.Module, x: Tensor | None) -> list[Explanation]:
     for path, module in outer_modules(model):
         if within is not None and path.startswith(within):
             continue  # computed by the op of the PEFT layer around it
-        peft_layer = explain_layer(module, x)
+        peft_layer = explain_layer(module, x, adapter_names)
         if peft_layer is not None:
             records.append(Explanation(path, *peft_layer))
             within = path + "." * bool(path) if records[-1].implementation != "torch" else None
@@ -133,7 +134,7 @@ def _state(layer: AdapterModule | NF4Linear) -> str:
         return ""
     if not layer.enabled:
         return "adapters disabled"
-    if layer.active_adapter is None:
+    if layer.active_adapter is None and getattr(layer, "batch", None) is None:
         return "no active adapter"
     return "merged" if getattr(layer, "merged", False) else ""
 

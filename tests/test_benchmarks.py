@@ -30,6 +30,8 @@ PEERS = {
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],
     "lora_linear dense forward+backward dropout 0.1": ["PEFT"],
+    "multi_lora_linear nf4 forward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
+    "multi_lora_linear dense forward": ["peftkern lora_linear", "PEFT"],
     "lora_qkv nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],
     "lora_qkv dense forward+backward": ["peftkern lora_linear", "PEFT"],
     "lora_mlp nf4 forward+backward": ["peftkern lora_linear", "PEFT + bitsandbytes"],

@@ -191,11 +191,11 @@ Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& abs
 
 Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
     STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be from 0 to 1, got ", dropout_p);
-    if (!seed.has_value()) return {0, 0, 1.0f};
+    if (!seed.has_value()) return {0, 0, 1.0f, nullptr};
     const Tensor value = matching(op, "seed", *seed, ScalarType::Long, 1);
     const auto dropped = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
     const float keep_scale = dropped < 65536 ? static_cast<float>(65536.0 / (65536.0 - dropped)) : 0.0f;
-    return {static_cast<uint64_t>(*value.const_data_ptr<int64_t>()), dropped, keep_scale};
+    return {static_cast<uint64_t>(*value.const_data_ptr<int64_t>()), dropped, keep_scale, nullptr};
 }
 
 Contraction times_transposed(const Matrix& x, const Matrix& w, int64_t depth) {
@@ -234,15 +234,30 @@ void add(Gemm& gemm, const Contraction& contraction) {
 }
 
 void run(const char* op, const Gemm& gemm) {
+    run(op, std::vector<Gemm>{gemm});
+}
+
+void run(const char* op, const std::vector<Gemm>& gemms) {
     const GemmKernels& kernels = level_in_use(op);
-    if (gemm.m == 0 || gemm.n == 0) return;
-    const std::vector<Tile> tiles = tiles_of(gemm, torch::stable::get_num_threads());
-    const size_t bytes = kernels.workspace_bytes(&gemm);
-    torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    struct Part {
+        const Gemm* gemm;
+        Tile tile;
+    };
+    std::vector<Part> parts;
+    size_t bytes = 0;
+    for (const Gemm& gemm : gemms) {
+        if (gemm.m == 0 || gemm.n == 0) continue;
+        for (const Tile& tile : tiles_of(gemm, torch::stable::get_num_threads())) parts.push_back({&gemm, tile});
+        bytes = std::max(bytes, kernels.workspace_bytes(&gemm));
+    }
+    torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
         void* memory = workspace(bytes);
-        for (int64_t i = begin; i < end; ++i) kernels.run(&gemm, &tiles[static_cast<size_t>(i)], memory);
+        for (int64_t i = begin; i < end; ++i) {
+            const Part& part = parts[static_cast<size_t>(i)];
+            kernels.run(part.gemm, &part.tile, memory);
+        }
     });
-    count_tiles(kernels, static_cast<int64_t>(tiles.size()));
+    count_tiles(kernels, static_cast<int64_t>(parts.size()));
 }
 
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -50,8 +51,10 @@ Tensor bias_of(const char* op, const OptionalTensor& bias, int64_t out_features)
 Gemm gemm_into(const Tensor& out, int64_t m, int64_t n);
 void add(Gemm& gemm, const Contraction& contraction);
 
-// Computes it on torch's threads, at the level in use. Levels without bf16 dot products compute in fp32.
+// Computes it on torch's threads, at the level in use. Levels without bf16 dot products compute in fp32. Of several,
+// none needs another's result: their tiles are shared out together.
 void run(const char* op, const Gemm& gemm);
+void run(const char* op, const std::vector<Gemm>& gemms);
 
 // Passes over activations, on torch's threads at the level in use.
 void split_dropout(const char* op, const SplitDropout& pass, int64_t rows);

@@ -22,6 +22,7 @@ struct Dropout {
     uint64_t seed;
     uint32_t threshold;  // of 65536; 0: no dropout
     float keep_scale;
+    const int64_t* rows;  // where in the mask each row's mask is, or null: at its own number
 };
 
 // The NF4 bytes of a row-major [rows, columns] matrix. absmax is fp32, or bytes when nested_absmax is not null.
@@ -33,6 +34,14 @@ struct Nf4 {
     float offset;
     int64_t block_size;
     int64_t columns;
+};
+
+// Rows of X whose weight is not that of the others. Its columns beyond `depth` are not read.
+struct Segment {
+    int64_t begin, end;
+    int64_t depth;
+    Matrix weight;
+    float x_scale;
 };
 
 // One term X [m, depth] @ W [depth, n].
@@ -49,6 +58,10 @@ struct Contraction {
     bool bf16_dot;  // multiply in bf16 where the level can: x and a dense weight are bf16, no scale, no dropout
     Dropout result_dropout;  // applied to the tile after this term
     Dropout term_dropout;    // applied to this term alone; not with bf16_dot
+    // In place of `weight` and its depth and scale; rows in none of them get nothing. Not with bf16_dot or
+    // term_dropout.
+    const Segment* segments;
+    int64_t segment_count;
 };
 
 constexpr int kMaxContractions = 6;

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu/epilogue_kernel.h"
 #include "cpu/gemm.h"
 #include "cpu/panel_fp32.h"
 
@@ -20,7 +21,6 @@ namespace {
 constexpr int64_t kChunkWords = 256;
 // 64 bytes over a power of two, else all rows would share the same few cache sets (a third of the speed, measured).
 constexpr int64_t kPackedStride = kChunkWords + 16;
-constexpr int64_t kAccumulatorStride = kTileColumns + 16;
 
 // Rows of a masked term that are computed at once, beside the accumulator: 0.1 MiB.
 constexpr int64_t kMaskedRows = 48;
@@ -146,11 +146,6 @@ void multiply_rows_in_place(int64_t rows, const uint8_t* x, int64_t pitch, const
     multiply_rest_in_place<Dot, R, V>(rows, x, pitch, w, words, c);
 }
 
-template <auto V>
-struct Constant {
-    static constexpr auto value = V;
-};
-
 // Calls use(integral constant V) for the number of vectors that `columns` columns need.
 template <int V = Simd::kVectors, class Use>
 void with_vectors(int64_t columns, Use use) {
@@ -247,75 +242,19 @@ void contract_masked(const Contraction& c, const Tile& tile, const Workspace& wo
     }
 }
 
-inline uint8_t* output_at(const Gemm& g, int64_t row, int64_t column) {
-    return static_cast<uint8_t*>(g.out) + (row * g.out_stride + column) * element_bytes(g.out_dtype);
-}
-
-struct Variable {
-    Dtype value;
-};
-
-template <class OutDtype, class AddedDtype>
-void write_rows(const Gemm& g, const Tile& tile, const float* accumulator, OutDtype out, AddedDtype added) {
-    const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
-    for (int64_t m = 0; m < rows; ++m) {
-        const auto write_vector = [&](int64_t n, int64_t count) {
-            const int64_t column = tile.n_begin + n;
-            Simd::F v = Simd::load(accumulator + m * kAccumulatorStride + n);
-            if (g.bias)
-                v = v + load_elements(reinterpret_cast<const uint8_t*>(g.bias + column), Dtype::kFloat32, count);
-            if (g.residual.data)
-                v = v + load_elements(element_at(g.residual, tile.m_begin + m, column), added.value, count);
-            store_elements(output_at(g, tile.m_begin + m, column), out.value, count, v);
-        };
-        int64_t n = 0;
-        for (; n + Simd::kLanes <= columns; n += Simd::kLanes) write_vector(n, Simd::kLanes);
-        if (n < columns) write_vector(n, columns - n);
+// The same for a term of which runs of rows have weights of their own: each run on its part of the accumulator.
+inline void contract_segments(const Contraction& c, const Tile& tile, const Workspace& workspace) {
+    for (const Segment* s = c.segments; s != c.segments + c.segment_count; ++s) {
+        const int64_t begin = s->begin > tile.m_begin ? s->begin : tile.m_begin, end = smaller(s->end, tile.m_end);
+        if (begin >= end) continue;
+        Contraction own = c;
+        own.depth = s->depth;
+        own.weight = s->weight;
+        own.x_scale = s->x_scale;
+        Workspace part = workspace;
+        part.accumulator += (begin - tile.m_begin) * kAccumulatorStride;
+        contract<Fp32Dot>(own, {begin, end, tile.n_begin, tile.n_end}, part);
     }
-}
-
-// Adds bias and residual to the accumulator and rounds it, once, into the output.
-inline void write(const Gemm& g, const Tile& tile, const float* accumulator) {
-    const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
-    if (g.out_transposed) {
-        // Blocks reach behind the tile's last row and column, where the workspace goes on.
-        constexpr int L = Simd::kLanes;
-        Simd::I block[L];
-        for (int64_t n = 0; n < columns; n += L)
-            for (int64_t m = 0; m < rows; m += L) {
-                const float* from = accumulator + m * kAccumulatorStride + n;
-                Simd::transpose_words(reinterpret_cast<const uint8_t*>(from), sizeof(float) * kAccumulatorStride,
-                                      block);
-                for (int64_t i = 0; i < smaller(L, columns - n); ++i)
-                    store_elements(output_at(g, tile.n_begin + n + i, tile.m_begin + m), g.out_dtype,
-                                   smaller(L, rows - m), Simd::as_floats(block[i]));
-            }
-        return;
-    }
-    // The dtypes as constants, else their choice costs more than the rest.
-    const Dtype added = g.residual.data ? g.residual.dtype : g.out_dtype;
-    if (g.out_dtype == Dtype::kBFloat16 && added == Dtype::kBFloat16)
-        return write_rows(g, tile, accumulator, Constant<Dtype::kBFloat16>(), Constant<Dtype::kBFloat16>());
-    if (g.out_dtype == Dtype::kFloat32 && added == Dtype::kFloat32)
-        return write_rows(g, tile, accumulator, Constant<Dtype::kFloat32>(), Constant<Dtype::kFloat32>());
-    write_rows(g, tile, accumulator, Variable{g.out_dtype}, Variable{added});
-}
-
-// Keeps the sum of the leading contractions if asked to, and scales it.
-inline void scale(const Gemm& g, const Tile& tile, float* accumulator) {
-    const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t n = 0; n < columns; n += Simd::kLanes) {
-            const int64_t column = tile.n_begin + n, count = smaller(Simd::kLanes, columns - n);
-            float* p = accumulator + m * kAccumulatorStride + n;
-            const Simd::F v = Simd::load(p);
-            if (g.sum_out) {
-                const int64_t at = ((tile.m_begin + m) * g.out_stride + column) * element_bytes(g.out_dtype);
-                store_elements(static_cast<uint8_t*>(g.sum_out) + at, g.out_dtype, count, v);
-            }
-            const auto* s = reinterpret_cast<const uint8_t*>(g.column_scale + column);
-            Simd::store(p, v * load_elements(s, Dtype::kFloat32, count));
-        }
 }
 
 // Whether a gemm is one product so shallow that reading and writing its tile in fp32 costs as much as multiplying.
@@ -377,7 +316,9 @@ void run_tile(const Gemm* gemm, const Tile* tile, void* memory) {
     memset(workspace.accumulator, 0, static_cast<size_t>(rows * kAccumulatorStride) * sizeof(float));
     for (int i = 0; i < gemm->contraction_count; ++i) {
         const Contraction& c = gemm->contractions[i];
-        if (Decode::takes(c, rows))
+        if (c.segments)
+            contract_segments(c, *tile, workspace);
+        else if (Decode::takes(c, rows))
             Decode::run(c, *tile, workspace);
         else if (c.bf16_dot)
             contract<MainDot>(c, *tile, workspace);

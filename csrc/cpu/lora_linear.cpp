@@ -27,12 +27,16 @@ Tensor down_projection(const char* op, const Rows& x, const Adapter& adapter, co
     return h;
 }
 
-void down_projection_into(const char* op, const Rows& x, const Rows& a, const Dropout& dropout, const Tensor& h) {
+Gemm down_projection_product(const Rows& x, const Rows& a, const Dropout& dropout, const Tensor& h) {
     Gemm gemm = gemm_into(h, x.rows, a.rows);
     gemm.out_stride = h.stride(0);
     add(gemm, times_transposed(x.matrix, a.matrix, x.columns));
     gemm.contractions[0].x_dropout = dropout;
-    run(op, gemm);
+    return gemm;
+}
+
+void down_projection_into(const char* op, const Rows& x, const Rows& a, const Dropout& dropout, const Tensor& h) {
+    run(op, down_projection_product(x, a, dropout, h));
 }
 
 Tensor adapted_product(const char* op, const Rows& x, const Rows& h, const Weight& base, const Adapter& adapter,
@@ -53,12 +57,16 @@ Tensor grad_h_of(const char* op, const Rows& dy, const Adapter& adapter, float s
     return grad_h;
 }
 
-void grad_h_into(const char* op, const Rows& dy, const Adapter& adapter, float s, const Tensor& grad_h) {
-    Gemm gemm = gemm_into(grad_h, dy.rows, adapter.rank);
+Gemm grad_h_product(const Rows& dy, const Rows& b, float s, const Tensor& grad_h) {
+    Gemm gemm = gemm_into(grad_h, dy.rows, b.columns);
     gemm.out_stride = grad_h.stride(0);
-    add(gemm, times(dy.matrix, adapter.b.matrix, dy.columns));
+    add(gemm, times(dy.matrix, b.matrix, dy.columns));
     gemm.contractions[0].x_scale = s;
-    run(op, gemm);
+    return gemm;
+}
+
+void grad_h_into(const char* op, const Rows& dy, const Adapter& adapter, float s, const Tensor& grad_h) {
+    run(op, grad_h_product(dy, adapter.b, s, grad_h));
 }
 
 Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tensor& lora_a, const Dropout& dropout) {
@@ -67,18 +75,21 @@ Tensor grad_a_of(const char* op, const Tensor& grad_h, const Rows& x, const Tens
     return grad_a;
 }
 
-void grad_a_into(const char* op, const Rows& grad_h, const Rows& x, const Dropout& dropout, const Tensor& grad_a) {
+Gemm grad_a_product(const Rows& grad_h, const Rows& x, const Dropout& dropout, const Tensor& grad_a) {
     Gemm gemm = gemm_into(grad_a, grad_h.columns, x.columns);
     add(gemm, times(grad_h.matrix, x.matrix, x.rows));
     gemm.contractions[0].x_transposed = true;
     gemm.contractions[0].weight_dropout = dropout;
-    run(op, gemm);
+    return gemm;
+}
+
+void grad_a_into(const char* op, const Rows& grad_h, const Rows& x, const Dropout& dropout, const Tensor& grad_a) {
+    run(op, grad_a_product(grad_h, x, dropout, grad_a));
 }
 
 // dB^T = (s h)^T dy: the rows are the rank, so that few rows meet a wide matrix; written transposed.
-Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s, const float* row_scale) {
-    Tensor grad_b = torch::stable::new_empty(lora_b, lora_b.sizes());
-    const int64_t rank = lora_b.size(1);
+Gemm grad_b_product(const Rows& dy, const Rows& h, float s, const float* row_scale, const Tensor& grad_b) {
+    const int64_t rank = grad_b.size(1);
     Gemm gemm = gemm_into(grad_b, rank, dy.columns);
     add(gemm, times(h.matrix, dy.matrix, dy.rows));
     gemm.contractions[0].x_transposed = true;
@@ -87,7 +98,12 @@ Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lo
     gemm.column_scale = row_scale;
     gemm.out_transposed = true;
     gemm.out_stride = rank;
-    run(op, gemm);
+    return gemm;
+}
+
+Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lora_b, float s, const float* row_scale) {
+    Tensor grad_b = torch::stable::new_empty(lora_b, lora_b.sizes());
+    run(op, grad_b_product(dy, h, s, row_scale, grad_b));
     return grad_b;
 }
 

@@ -34,6 +34,7 @@ inline uint64_t keep_bits(const Dropout& dropout, uint64_t row, uint32_t group) 
 inline void apply_dropout(const Dropout& dropout, int64_t row, int64_t column, int64_t count, float* values) {
     constexpr int kColumns = 8 * Simd::kCalls;
     const Simd::F scale = Simd::set1(dropout.keep_scale);
+    if (dropout.rows) row = dropout.rows[row];
     for (int64_t done = 0; done < count; done += kColumns) {
         uint64_t bits = keep_bits(dropout, static_cast<uint64_t>(row), static_cast<uint32_t>((column + done) / 8));
         const int64_t end = done + kColumns < count ? done + kColumns : count;

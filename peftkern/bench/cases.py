@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.bench import contenders as c
-from peftkern.bench import prefixes, prompts
+from peftkern.bench import mixed, prefixes, prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -23,6 +23,8 @@ CASES = (
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
     "lora_linear dense forward+backward dropout 0.1",
+    "multi_lora_linear nf4 forward",
+    "multi_lora_linear dense forward",
     "lora_qkv nf4 forward+backward",
     "lora_qkv dense forward+backward",
     "lora_mlp nf4 forward+backward",
@@ -59,6 +61,8 @@ def contenders(
         return _conversions(case, shape, rotated)
     if case.startswith(("lora_qkv", "lora_mlp")):
         return _blocks(case, shape, rows, rotated)
+    if case.startswith("multi_lora"):
+        return mixed.contenders(case, shape, rows, rotated)
     if case.startswith("prompt_embedding"):
         return prompts.contenders(*shape, rotated)
     if case.startswith("prefix_attention"):
@@ -193,8 +197,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         return weight, 2.0 * c.RANK * elements
     passes = 2 if "backward" in case else 1
     lora = 0.0
-    if case.startswith(("lora", "dora")):
-        lora = 6 * 2 * rows * c.RANK * sum(out + columns for out, columns in layers) / 2
+    if case.startswith(("lora", "multi_lora", "dora")):
+        lora = (6 if passes == 2 else 2) * 2 * rows * c.RANK * sum(out + columns for out, columns in layers) / 2
     if case.startswith("dora"):
         lora += 2.0 * c.RANK * elements
     return passes * (weight + activations), passes * 2.0 * rows * elements + lora

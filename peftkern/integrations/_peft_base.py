@@ -56,7 +56,7 @@ class Accelerated:
         obstacle = self._obstacle(x, args, kwargs)
         if not torch.compiler.is_compiling():
             calls_of(self)[obstacle or FAST] += 1
-        return self._stock(x, *args, **kwargs) if obstacle else self._fast(x)
+        return self._stock(x, *args, **kwargs) if obstacle else self._fast(x, **kwargs)
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -175,9 +175,7 @@ def idle(layer: Any, names: list[str]) -> str:
 
 
 def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """What of the call or of the layer's state needs PEFT's own forward."""
-    if kwargs.get("adapter_names") is not None:
-        return "adapter_names, a batch of several adapters"
+    """What of the call or of the layer's state needs PEFT's own forward; adapter_names aside."""
     if args or kwargs:
         return "arguments beside x"
     # Disabled while merged, PEFT unmerges. A dense base alone is torch's own linear.

@@ -36,8 +36,8 @@ def drops(layer: Any) -> bool:
     return False
 
 
-def op(layer: Any) -> str:
-    """The op that the layer's state asks for."""
+def op(layer: Any, adapter_names: object = None) -> str:
+    """The op that the layer's state asks for; PEFT has no mixed batches of (IA)^3."""
     return "nf4_linear" if idle(layer, active(layer)) else "ia3_linear"
 
 

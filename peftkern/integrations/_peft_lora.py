@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ from peftkern.integrations.peft_merge import MergesNF4
 from peftkern.ops._linear import autocast
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.lora_linear import lora_linear_native
+from peftkern.ops.multi_lora_linear import multi_lora_linear
+
+BASE_NAME = "__base__"
+"""PEFT's word for samples without an adapter."""
 
 
 def active(layer: Any) -> list[str]:
@@ -45,10 +50,12 @@ def drops(layer: Any) -> bool:
     return layer.training and any(type(each) is nn.Dropout for each in layer._modules["lora_dropout"]._modules.values())
 
 
-def op(layer: Any) -> str:
-    """The op that the layer's state asks for."""
-    names = active(layer)
-    return "nf4_linear" if idle(layer, names) else _op_of(layer, names)
+def op(layer: Any, adapter_names: Sequence[str] | None = None) -> str:
+    """The op that the layer's state asks for, and the names of a mixed batch."""
+    names = active(layer) if adapter_names is None else in_batch(layer, adapter_names)
+    if idle(layer, names):
+        return "nf4_linear"
+    return _op_of(layer, names) if adapter_names is None else "multi_lora_linear"
 
 
 def _op_of(layer: Any, names: list[str]) -> str:
@@ -78,15 +85,27 @@ def parts_of(layer: Any, name: str) -> Parts:
     return Parts(a, b, dropout, layer.scaling[name])
 
 
+def in_batch(layer: Any, adapter_names: Sequence[str]) -> list[str]:
+    """Which of a mixed batch's adapters this layer has; the base alone computes the others' samples, as in PEFT."""
+    return [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A and name != BASE_NAME]
+
+
 def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """Why this call is for PEFT's own forward."""
-    names = active(layer)
-    found = call_obstacle(layer, names, x, args, kwargs)
+    adapter_names: Any = kwargs.get("adapter_names")
+    mixed = adapter_names is not None
+    if mixed:
+        found = _batch_obstacle(layer, x, adapter_names)
+        if found:
+            return found
+    names = in_batch(layer, adapter_names) if mixed else active(layer)
+    others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+    found = call_obstacle(layer, names, x, args, others)
     if found:
         return found
     if idle(layer, names):
         return base_obstacle(layer.base_layer, x, "nf4_linear")
-    chosen = _op_of(layer, names)
+    chosen = "multi_lora_linear" if mixed else _op_of(layer, names)
     found = base_obstacle(layer.base_layer, x, chosen)
     if found:
         return found
@@ -95,7 +114,29 @@ def obstacle(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         found = _adapter_obstacle(layer, name, x, dtype)
         if found:
             return found
+    if mixed:
+        return _mixed_obstacle(layer, names)
     return "several adapters, one of them DoRA" if len(names) > 1 and chosen == "dora_linear" else ""
+
+
+def _batch_obstacle(layer: Any, x: Any, adapter_names: Any) -> str:
+    """What is wrong with a mixed batch; PEFT raises its own errors for the first three."""
+    if not isinstance(adapter_names, list | tuple) or not isinstance(x, Tensor) or len(x) != len(adapter_names):
+        return "adapter_names does not fit x"
+    if layer.merged:
+        return "adapter_names with merged adapters"
+    if any(layer.use_dora.get(name, False) for name in adapter_names if name != BASE_NAME):
+        return "a mixed batch with DoRA"
+    return "a mixed batch of vectors" if x.dim() < 2 else ""
+
+
+def _mixed_obstacle(layer: Any, names: list[str]) -> str:
+    """What of the adapters of a mixed batch, each of which an op could compute, none computes together."""
+    if any(layer.lora_B[name].bias is not None for name in names):
+        return "a mixed batch with lora_bias"
+    if len({parts_of(layer, name).dropout_p for name in names}) > 1:
+        return "a mixed batch of several dropout rates"
+    return ""
 
 
 def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> str:
@@ -135,11 +176,14 @@ def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> s
     return hidden_obstacle("lora_magnitude_vector", magnitude, [magnitude.weight], x)
 
 
-def fast(layer: Any, x: Tensor) -> Tensor:
+def fast(layer: Any, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
     """What PEFT's forward computes, by one op."""
-    base, names = read_base(layer.base_layer, x), active(layer)
+    base = read_base(layer.base_layer, x)
+    names = active(layer) if adapter_names is None else in_batch(layer, adapter_names)
     if idle(layer, names):
         return base.alone(x)
+    if adapter_names is not None:
+        return base.run(x, lambda x: _mixed(layer, names, adapter_names, base, x))
     adapters = [parts_of(layer, name) for name in names]
     if _op_of(layer, names) == "dora_linear":
         return base.run(x, partial(_dora, layer, names[0], adapters[0], base))
@@ -172,6 +216,16 @@ def _delta(adapter: Parts, x: Tensor) -> Tensor:
         a, b = adapter.a, adapter.b
         dropped = F.dropout(x.to(a.weight.dtype), adapter.dropout_p)
         return F.linear(F.linear(dropped, a.weight), b.weight, b.bias) * adapter.scaling
+
+
+def _mixed(layer: Any, names: list[str], adapter_names: Sequence[str], base: Base, x: Tensor) -> Tensor:
+    """Only the adapters in the batch: the others get no gradient, as in PEFT."""
+    places = {name: i for i, name in enumerate(names)}
+    indices = torch.tensor([places.get(name, -1) for name in adapter_names], device=x.device)
+    lora_as, lora_bs = ([table[name].weight for name in names] for table in (layer.lora_A, layer.lora_B))
+    p = parts_of(layer, names[0]).dropout_p
+    scalings = [layer.scaling[name] for name in names]
+    return multi_lora_linear(x, base.weight, lora_as, lora_bs, scalings, indices, base.bias, p, p > 0)
 
 
 def _dora(layer: Any, name: str, adapter: Parts, base: Base, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
@@ -135,12 +135,15 @@ def calls(model: nn.Module) -> dict[str, Calls]:
     return {path: _calls_of(layer) for path, layer in _accelerated_layers(model)}
 
 
-def explain_layer(layer: nn.Module, x: Tensor | None = None) -> tuple[str, str, str] | None:
+def explain_layer(
+    layer: nn.Module, x: Tensor | None = None, adapter_names: Sequence[str] | None = None
+) -> tuple[str, str, str] | None:
     """What would run a layer of PEFT: (op, implementation, reason); None if it is none of PEFT's.
 
     Args:
         layer: any module.
         x: an input; by default one of the base weight's dtype and device stands for it.
+        adapter_names: of the samples of a mixed batch.
     """
     if not _is_peft_layer(layer):
         return None
@@ -152,11 +155,13 @@ def explain_layer(layer: nn.Module, x: Tensor | None = None) -> tuple[str, str, 
     from peftkern.integrations._peft_base import least_rows
 
     accelerated: Any = layer
-    op, probe = accelerated._op(), _probe(accelerated, x)
+    call = {} if adapter_names is None else {"adapter_names": adapter_names}
+    op, probe = accelerated._op(**call), _probe(accelerated, x)
+    probe = probe if adapter_names is None else probe.expand(len(adapter_names), 0, -1)
     fast, stock = _calls_of(layer)
     ran = f"; ran {fast} times, PEFT's own {sum(stock.values())} times"
     try:
-        obstacle = accelerated._obstacle(probe, (), {})
+        obstacle = accelerated._obstacle(probe, (), call)
         implementation, reason = backends.choose(op, autocast(probe, None)[0])
     except RuntimeError as error:
         return op, "none", str(error)

@@ -71,14 +71,14 @@ def _forward(stock: type, accelerated: Any, family: Any) -> Callable[..., Tensor
             return own(self, x, *args, **kwargs)
         obstacle = family.obstacle(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
-            for feature in (IDLE,) if idle(self, family.active(self)) else (ALL, *_features(self, x)):
+            for feature in (IDLE,) if idle(self, family.active(self)) else (ALL, *_features(self, x, kwargs)):
                 _forwards[feature, obstacle or FAST] += 1
-        return own(self, x, *args, **kwargs) if obstacle else family.fast(self, x)
+        return own(self, x, *args, **kwargs) if obstacle else family.fast(self, x, **kwargs)
 
     return forward
 
 
-def _features(layer: Any, x: Tensor) -> list[str]:
+def _features(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> list[str]:
     found = _lora_features(layer) if hasattr(layer, "lora_A") else ["(IA)^3"]
     if type(layer.base_layer) is NF4Linear or type(layer.base_layer) in BNB_LINEARS:
         found.append("4-bit")
@@ -86,6 +86,8 @@ def _features(layer: Any, x: Tensor) -> list[str]:
         found.append("Conv1D")
     if x.dtype == torch.bfloat16:
         found.append("bf16")
+    if kwargs.get("adapter_names") is not None:
+        found.append("mixed batch")
     return found
 
 

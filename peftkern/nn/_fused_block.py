@@ -116,6 +116,8 @@ def _projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
     lora_a = lora_b = None
     scaling: float | Tensor = 0.0
     if type(layer) is LoRALinear:
+        if layer.batch is not None:
+            return None
         base = layer.effective_layer or layer.base_layer
         if layer.effective_layer is None:
             name = cast(str, layer.active_adapter)

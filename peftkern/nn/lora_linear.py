@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.multi_lora_linear import multi_lora_linear
 
 
 class LoRALinear(LowRankLinear):
@@ -34,6 +35,8 @@ class LoRALinear(LowRankLinear):
     Attributes:
         settings: adapter name -> LoRASettings.
         scaling: adapter name -> float or 0-d tensor; starts as the settings say, read at every call.
+        batch: the adapter of each sample of x [samples, ..., in], None for the base; by default the active adapter is
+            that of all. `peftkern.adapters_for_batch` sets it.
 
     Raises:
         TypeError, ValueError: a base, setting, name or dtype that cannot be.
@@ -41,6 +44,8 @@ class LoRALinear(LowRankLinear):
     Shape:
         x [..., in_features] -> [..., out_features], in x's dtype. Differentiable in x, A and B.
     """
+
+    batch: tuple[str | None, ...] | None = None
 
     def __init__(
         self,
@@ -73,11 +78,37 @@ class LoRALinear(LowRankLinear):
         self._add(adapter_name, LoRASettings(rank, alpha, dropout, use_rslora), dtype)
         self._reset(adapter_name)
 
+    @property
+    def op(self) -> str:
+        return super().op if self.batch is None else "multi_lora_linear"
+
+    @property
+    def effective_layer(self) -> nn.Linear | None:
+        if self.batch is None or not self._enabled:
+            return super().effective_layer
+        return None if any(name in self.settings for name in self.batch) else self.base_layer
+
     def _adapted(self, x: Tensor) -> Tensor:
+        if self.batch is not None:
+            return self._mixed(x, self.batch)
         name = cast(str, self._active)
         a, b = self.factors(name)
         dropout = self.settings[name].dropout
         return lora_linear(x, self.base_weight, a, b, self.scaling[name], self.base_layer.bias, dropout, self.training)
+
+    def _mixed(self, x: Tensor, batch: tuple[str | None, ...]) -> Tensor:
+        """The base and each sample's own adapter."""
+        if x.dim() < 2 or x.shape[0] != len(batch):
+            raise ValueError(f"LoRALinear: x must have shape [{len(batch)}, ..., in], as batch, got {list(x.shape)}")
+        names = [name for name in dict.fromkeys(batch) if name is not None and name in self.settings]
+        dropouts = {self.settings[name].dropout for name in names} if self.training else {0.0}
+        if len(dropouts) > 1:
+            raise ValueError(f"LoRALinear: a batch in training needs adapters of one dropout, got {sorted(dropouts)}")
+        indices = torch.tensor([names.index(name) if name in names else -1 for name in batch], device=x.device)
+        lora_as, lora_bs = zip(*(self.factors(name) for name in names))
+        scalings = [self.scaling[name] for name in names]
+        rest = (indices, self.base_layer.bias, dropouts.pop(), self.training)
+        return multi_lora_linear(x, self.base_weight, lora_as, lora_bs, scalings, *rest)
 
     def _merged_parts(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, nn.Parameter | None]:
         """W + scaling B A."""

@@ -137,11 +137,16 @@ def check_lora(
             raise RuntimeError(f"{op}: scaling must be on x's device {x.device}, got {scaling.device}")
     elif not isinstance(scaling, NUMBER):
         raise TypeError(f"{op}: scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
+    check_dropout(op, dropout_p)
+    return out_features, in_features
+
+
+def check_dropout(op: str, dropout_p: Any) -> None:
+    """Raises TypeError or ValueError unless `dropout_p` is a probability."""
     if not isinstance(dropout_p, NUMBER):
         raise TypeError(f"{op}: dropout_p must be a number from 0 to 1, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
-    return out_features, in_features
 
 
 @torch.library.register_fake("peftkern::lora_linear")
