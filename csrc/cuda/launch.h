@@ -11,6 +11,11 @@
 namespace peftkern {
 
 constexpr int kMostDevices = 64;
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid's x axis, where the long axis goes
+
+constexpr int64_t ceil_divide(int64_t n, int64_t d) {
+    return (n + d - 1) / d;
+}
 
 // Lets `kernel` use `bytes` of dynamic shared memory on the current device; later calls cost one atomic load.
 template <auto kernel>

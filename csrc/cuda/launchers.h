@@ -54,13 +54,27 @@ struct CudaLinear {
     Nf4View weight;
     Epilogue epilogue;
     void* y;          // [rows, out_features], dense
-    int splits;       // parts of the contraction, added in order by peftkern_cuda_nf4_linear_sum
+    int splits;       // parts of the contraction; the launcher adds them by peftkern_cuda_split_sum
     float* partials;  // [splits, rows, out_features] where splits > 1
+};
+
+// y = epilogue(sum of partials), in bf16 or fp16.
+struct CudaSplitSum {
+    const float* partials;  // [splits, rows, columns]
+    int splits;
+    int64_t rows, columns;
+    Epilogue epilogue;
+    void* y;  // [rows, columns]
+    Dtype dtype;
 };
 
 extern "C" {
 const char* peftkern_cuda_error_text(int error);
 int peftkern_cuda_traits(int device, DeviceTraits* traits);
+int peftkern_cuda_nf4_quantize(const CudaQuantize* task, void* stream);
+int peftkern_cuda_nf4_quantize_absmax(const CudaQuantizeAbsmax* task, void* stream);
+int peftkern_cuda_nf4_dequantize(const CudaDequantize* task, void* stream);
+int peftkern_cuda_split_sum(const CudaSplitSum* task, void* stream);
 }
 
 }  // namespace peftkern
