@@ -29,6 +29,7 @@ __device__ __forceinline__ void store_step(void* out, int64_t e, const float (&v
 // The few elements behind the last whole step.
 template <Dtype kDtype, bool kNested>
 __device__ void store_rest(const CudaDequantize& task, int64_t first, const float* map, float offset) {
+#pragma unroll 1
     for (int64_t e = first; e < task.numel; ++e) {
         const float scale = block_scale<kNested>(task.weight, block_of(e, task.weight.block_shift), map, offset);
         const int code = code_in(task.weight.codes[byte_of(e)], e);
@@ -36,34 +37,40 @@ __device__ void store_rest(const CudaDequantize& task, int64_t first, const floa
     }
 }
 
+// Tiles begin at a block, and a step never crosses one: blocks have 32 to 4096 elements.
 template <Dtype kDtype, bool kNested>
 __global__ void __launch_bounds__(kThreads) nf4_dequantize(const CudaDequantize task) {
-    __shared__ float table[16][kLanes];
+    __shared__ float table[16 * kLanes];
     __shared__ float map[kNested ? kNestedMapSize : 1];
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+    const unsigned thread = threadIdx.x;
     const int64_t tile = int64_t{blockIdx.x} * kTile, rest = task.numel - tile;
-    const int whole = static_cast<int>(rest < kTile ? rest / kStep : kTile / kStep);  // steps that are there
+    const unsigned whole = static_cast<unsigned>(rest < kTile ? rest / kStep : kTile / kStep);  // steps that are there
 
-    // A step never crosses a block: blocks have 32 elements at least.
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(task.weight.codes + byte_of(tile));
+    // From the tile's first element and block on, 32-bit offsets do.
+    const int64_t first_block = block_of(tile, task.weight.block_shift);
+    const auto* words = reinterpret_cast<const uint32_t*>(task.weight.codes + byte_of(tile));
+    const auto* bytes = static_cast<const uint8_t*>(task.weight.absmax) + first_block;
+    const auto* flat = static_cast<const float*>(task.weight.absmax) + first_block;
+    const float* nested_absmax = task.weight.nested_absmax + (first_block >> kNestedBlockShift);
+    const unsigned in_nested_block = static_cast<unsigned>(first_block) & ((1u << kNestedBlockShift) - 1);
     uint32_t codes[kSteps];
     float factor[kSteps];
     uint8_t byte[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-        const int step = i * kThreads + thread;
+        const unsigned step = i * kThreads + thread, block = step * kStep >> task.weight.block_shift;
         if (step >= whole) continue;
-        const int64_t block = block_of(tile + step * kStep, task.weight.block_shift);
         codes[i] = __ldcs(words + step);
         if constexpr (kNested) {
-            byte[i] = __ldg(static_cast<const uint8_t*>(task.weight.absmax) + block);
-            factor[i] = __ldg(task.weight.nested_absmax + (block >> kNestedBlockShift));
+            byte[i] = __ldg(bytes + block);
+            factor[i] = __ldg(nested_absmax + ((in_nested_block + block) >> kNestedBlockShift));
         } else {
-            factor[i] = __ldg(static_cast<const float*>(task.weight.absmax) + block);
+            factor[i] = __ldg(flat + block);
         }
     }
     float offset = 0.0f;
-    for (int i = thread; i < 16 * kLanes; i += kThreads) table[i / kLanes][i % kLanes] = nf4_tables().fp32[i / kLanes];
+#pragma unroll
+    for (unsigned i = 0; i < 16 * kLanes; i += kThreads) table[i + thread] = nf4_tables().fp32[(i + thread) / kLanes];
     if constexpr (kNested) {
         static_assert(kThreads == kNestedMapSize, "a thread copies one entry");
         map[thread] = __ldg(task.weight.nested_quant_map + thread);
@@ -71,14 +78,19 @@ __global__ void __launch_bounds__(kThreads) nf4_dequantize(const CudaDequantize 
     }
     __syncthreads();
 
+    const uint32_t lane_offset = thread % kLanes * uint32_t{sizeof(float)};
+    const auto value_of = [&](uint32_t word, int e) {
+        const uint32_t at = lane_table_address(word, e, lane_offset);
+        return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + at);
+    };
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-        const int step = i * kThreads + thread;
+        const unsigned step = i * kThreads + thread;
         if (step >= whole) continue;
         const float scale = kNested ? nested_scale(map[byte[i]], factor[i], offset) : factor[i];
         float values[kStep];
 #pragma unroll
-        for (int e = 0; e < kStep; ++e) values[e] = table[code_in_word(codes[i], e)][lane] * scale;
+        for (int e = 0; e < kStep; ++e) values[e] = value_of(codes[i], e) * scale;
         store_step<kDtype>(task.out, tile + step * kStep, values);
     }
     if (rest < kTile && thread == 0) store_rest<kDtype, kNested>(task, tile + int64_t{whole} * kStep, map, offset);

@@ -64,6 +64,21 @@ PEFTKERN_BOTH int code_in(uint8_t byte, int64_t e) {
 PEFTKERN_BOTH int code_in_word(uint32_t word, int e) {
     return word >> (8 * (e >> 1) + (e & 1 ? 0 : 4)) & 15;
 }
+
+// The address of that code's value in a table of [16 codes][32 lanes] fp32 values, where lanes never conflict, for the
+// lane of lane_offset = 4 * lane: two instructions, if the compiler is kept from making three of the last.
+PEFTKERN_BOTH uint32_t lane_table_address(uint32_t word, int e, uint32_t lane_offset) {
+    const int shift = 8 * (e >> 1) + (e & 1 ? 0 : 4) - 7;
+    const uint32_t shifted = shift < 0 ? word << -shift : word >> shift;
+#ifdef __CUDA_ARCH__
+    uint32_t address;
+    asm("lop3.b32 %0, %1, 0x780, %2, 0xea;" : "=r"(address) : "r"(shifted), "r"(lane_offset));
+    return address;
+#else
+    return (shifted & 0x780) | lane_offset;
+#endif
+}
+
 PEFTKERN_BOTH int64_t block_of(int64_t e, int block_shift) {
     return e >> block_shift;
 }
