@@ -68,6 +68,12 @@ PEFTKERN_BOTH uint16_t fp16_of_float(float value) {
 }
 
 template <Dtype kDtype>
+PEFTKERN_BOTH float float_of_half(uint16_t bits) {
+    static_assert(kDtype != Dtype::kFloat32, "16-bit types only");
+    return kDtype == Dtype::kBFloat16 ? float_of_bf16(bits) : float_of_fp16(bits);
+}
+
+template <Dtype kDtype>
 PEFTKERN_BOTH uint16_t half_of_float(float value) {
     static_assert(kDtype != Dtype::kFloat32, "16-bit types only");
     return kDtype == Dtype::kBFloat16 ? bf16_of_float(value) : fp16_of_float(value);

@@ -68,12 +68,15 @@ struct CudaSplitSum {
     Dtype dtype;
 };
 
+struct DecodePlan;
+
 extern "C" {
 const char* peftkern_cuda_error_text(int error);
 int peftkern_cuda_traits(int device, DeviceTraits* traits);
 int peftkern_cuda_nf4_quantize(const CudaQuantize* task, void* stream);
 int peftkern_cuda_nf4_quantize_absmax(const CudaQuantizeAbsmax* task, void* stream);
 int peftkern_cuda_nf4_dequantize(const CudaDequantize* task, void* stream);
+int peftkern_cuda_nf4_linear_decode(const CudaLinear* task, const DecodePlan* plan, int device, void* stream);
 int peftkern_cuda_split_sum(const CudaSplitSum* task, void* stream);
 }
 

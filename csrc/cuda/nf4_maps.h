@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "common/nf4_codebook.h"
+#include "common/nf4_format.h"
 #include "common/nf4_nearest.h"
 #include "cuda/element.h"
 
@@ -23,21 +24,26 @@ struct Nf4View {
 };
 
 constexpr int kNestedBlockShift = 8;
-constexpr int kNestedMapSize = 256;
+static_assert(kNestedBlockSize == 1 << kNestedBlockShift, "");
+constexpr int kNearestCells = 32;
 
 // The tables of common/, as device code can index them.
 struct Nf4Tables {
     float fp32[16];
-    float midpoints[15];
+    float cell_midpoint[kNearestCells];
+    uint32_t cell_code[kNearestCells];
     uint16_t bf16[16], fp16[16];
 
-    constexpr Nf4Tables() : fp32(), midpoints(), bf16(), fp16() {
+    constexpr Nf4Tables() : fp32(), cell_midpoint(), cell_code(), bf16(), fp16() {
         for (int i = 0; i < 16; ++i) {
             fp32[i] = kNf4Codebook[i];
             bf16[i] = kNf4Bf16Codebook[i];
             fp16[i] = kNf4Fp16Codebook[i];
         }
-        for (int i = 0; i < 15; ++i) midpoints[i] = kNf4Midpoints[i];
+        for (int i = 0; i < kNearestCells; ++i) {
+            cell_midpoint[i] = kNf4Cells.midpoint[i];
+            cell_code[i] = static_cast<uint32_t>(kNf4Cells.first_code[i]);
+        }
     }
 };
 #ifdef __CUDACC__
@@ -60,15 +66,15 @@ PEFTKERN_BOTH int64_t byte_of(int64_t e) {
 PEFTKERN_BOTH int code_in(uint8_t byte, int64_t e) {
     return e & 1 ? byte & 15 : byte >> 4;
 }
-// The code of element e of the 8 in a little-endian word.
-PEFTKERN_BOTH int code_in_word(uint32_t word, int e) {
-    return word >> (8 * (e >> 1) + (e & 1 ? 0 : 4)) & 15;
+// Bit offset of the code of element e of the 8 in a little-endian word.
+PEFTKERN_BOTH constexpr int shift_in_word(int e) {
+    return 8 * (e >> 1) + (e & 1 ? 0 : 4);
 }
 
 // The address of that code's value in a table of [16 codes][32 lanes] fp32 values, where lanes never conflict, for the
 // lane of lane_offset = 4 * lane: two instructions, if the compiler is kept from making three of the last.
 PEFTKERN_BOTH uint32_t lane_table_address(uint32_t word, int e, uint32_t lane_offset) {
-    const int shift = 8 * (e >> 1) + (e & 1 ? 0 : 4) - 7;
+    const int shift = shift_in_word(e) - 7;
     const uint32_t shifted = shift < 0 ? word << -shift : word >> shift;
 #ifdef __CUDA_ARCH__
     uint32_t address;
@@ -101,14 +107,41 @@ PEFTKERN_BOTH float block_scale(const Nf4View& view, int64_t block, const float*
     return nested_scale(map[byte], view.nested_absmax[block >> kNestedBlockShift], offset);
 }
 
-// The code of the nearest table value is the number of midpoints below: ties go to the lower code.
-PEFTKERN_BOTH int nearest_code(float value) {
-    int code = 0;
+// The nearest code is its cell's first one, plus one above the cell's midpoint: ties go to the lower code. NaN, which
+// converts to 0, and everything else stays within the cells.
+PEFTKERN_BOTH int nearest_cell(float value) {
 #ifdef __CUDA_ARCH__
-#pragma unroll
+    const int cell = __float2int_rz(value * Nf4Cells::kScale + Nf4Cells::kShift);
+#else
+    const int cell = value == value ? static_cast<int>(value * Nf4Cells::kScale + Nf4Cells::kShift) : 0;
 #endif
-    for (int i = 0; i < 15; ++i) code += value > nf4_tables().midpoints[i];
-    return code;
+    return cell & (kNearestCells - 1);
+}
+PEFTKERN_BOTH uint32_t code_in_cell(float value, float midpoint, uint32_t first_code) {
+    return first_code + (value > midpoint);
+}
+
+// Where the nested quantiser's grid has absmax - offset, scaled to [-1, 1]; every step is rounded by itself.
+PEFTKERN_BOTH int grid_position(float scaled) {
+#ifdef __CUDA_ARCH__
+    const float half = __fmul_rn(__fadd_rn(scaled, 1.0f), 0.5f);
+    return __float2int_rz(__fadd_rn(__fmul_rn(half, kGridSize - 1), 0.5f));
+#else
+    const float half = (scaled + 1.0f) * 0.5f, place = half * (kGridSize - 1);
+    return static_cast<int>(place + 0.5f);
+#endif
+}
+PEFTKERN_BOTH float grid_value(int position) {
+    return -1.0f + static_cast<float>(2 * position) / static_cast<float>(kGridSize - 1);
+}
+// The index of the nearest of an ascending map of 256 values, ties to the lower one.
+PEFTKERN_BOTH int nearest_of_map(const float* map, float value) {
+    int low = 0;
+    for (int width = static_cast<int>(kNestedMapSize) / 2; width > 0; width /= 2) {
+        const float midpoint = 0.5f * (map[low + width - 1] + map[low + width]);
+        if (value > midpoint) low += width;
+    }
+    return low;
 }
 
 // prmt: byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes a, b.
