@@ -49,20 +49,26 @@ struct DecodePlan {
     int ctas;  // of each split; they go round the tiles
 };
 
+// A lane of 16 warps has 128 registers, too few for two tiles and two masks.
+constexpr int decode_most_warps(int masks, int row_tiles) {
+    return masks == 2 && row_tiles == 2 ? 8 : 16;
+}
+
 // Bytes in flight hide the memory's latency, so an SM should have 16 warps with work: CTAs of 16 warps where the rows
 // are few or the memory for the look-up table suffices for one CTA only, else of 8. Where even single tiles are too few
 // for the SMs, the contraction is split. A function of shape and device, so that a call always gives the same bits.
-inline DecodePlan decode_plan(int64_t out_features, int64_t in_features, const DeviceTraits& device) {
+inline DecodePlan decode_plan(int64_t rows, int64_t out_features, int64_t in_features, const DeviceTraits& device) {
     const auto tiles_of = [&](int row_tiles) {
         return (out_features + row_tiles * kDecodeTile - 1) / (row_tiles * kDecodeTile);
     };
     const int64_t sms = device.sm_count > 0 ? device.sm_count : 1;
     const int64_t groups = (in_features + kDecodeGroup - 1) / kDecodeGroup;
     DecodePlan plan;
-    plan.row_tiles = tiles_of(2) >= 2 * sms ? 2 : 1;
-    const int64_t tiles = tiles_of(plan.row_tiles);
     const bool one_cta = device.shared_bytes < 2 * kPairTableBytes;
-    plan.warps = one_cta || tiles <= 2 * sms ? 16 : 8;
+    const int masks = rows > kDecodeMaskRows ? 2 : 1;
+    plan.row_tiles = tiles_of(2) >= 2 * sms && !(one_cta && decode_most_warps(masks, 2) < 16) ? 2 : 1;
+    const int64_t tiles = tiles_of(plan.row_tiles);
+    plan.warps = one_cta || (plan.row_tiles == 1 && tiles <= 2 * sms) ? 16 : 8;
     int64_t splits = 1;
     while (2 * splits * tiles <= 2 * sms && splits < 8 && groups >= 2 * splits * 2 * plan.warps) splits *= 2;
     const int64_t split_groups = (groups + splits - 1) / splits;

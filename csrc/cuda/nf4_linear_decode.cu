@@ -7,7 +7,6 @@ namespace peftkern {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kMostWarps = 16;
 constexpr int kCodeWords = 4;  // of 8 codes: 16 bytes of a row
 constexpr int kXWords = 16;    // of 2 values: the 32 elements of x beside them
 
@@ -33,6 +32,12 @@ __device__ __forceinline__ void load_codes(uint32_t (&words)[kCodeWords], const 
                  : "l"(from));
 }
 
+// The groups of a warp in every tile, and the tiles of its CTA.
+struct Walk {
+    int begin, end, step;
+    int64_t first_row, row_step;
+};
+
 // What a lane reads of a group: codes and scales of its two rows of each tile.
 template <int kRowTiles>
 struct Fetched {
@@ -41,55 +46,84 @@ struct Fetched {
     uint8_t byte[2 * kRowTiles];
 };
 
-// A lane's place in the weight. Rows behind the last are the last: they are read, but never stored.
+// Walks a lane through the groups of its warp, tile by tile. Within a tile 32-bit offsets do.
 template <int kRowTiles>
 class Reader {
   public:
-    __device__ Reader(const CudaLinear& task, int lane)
-        : weight_(task.weight), lane_(lane), in_(task.in_features), last_row_(task.out_features - 1) {}
+    __device__ Reader(const CudaLinear& task, const Walk& walk, int lane)
+        : task_(task), walk_(walk), lane_(lane), group_(walk.begin), first_row_(walk.first_row) {
+        enter_tile();
+    }
 
-    __device__ void fetch(Fetched<kRowTiles>& to, int64_t first_row, int group) const {
+    // Reads the lane's part of the group and goes to the next one. At the end it stays: that group is read once more.
+    __device__ void fetch(Fetched<kRowTiles>& to) {
         // Where the second half of the last group is missing, its lanes read the first; x is zero there.
-        const int64_t half = int64_t{group} * kDecodeGroup + decode_half(lane_) * kDecodeHalf;
-        const int missing = half < in_ ? 0 : kDecodeHalf;
-        const int64_t column = int64_t{group} * kDecodeGroup + decode_first_element(lane_) - missing;
+        int column = group_ * kDecodeGroup + decode_half(lane_) * kDecodeHalf;
+        if (column >= task_.in_features) column -= kDecodeHalf;
+        const unsigned byte = static_cast<unsigned>(column) / 2 + (lane_ & 1) * (kDecodeHalf / 4);
+        const unsigned block = static_cast<unsigned>(column) >> task_.weight.block_shift;
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
-            const int64_t row = min(first_row + decode_weight_row(lane_) + 8 * i, last_row_);
-            const int64_t e = row * in_ + column;
-            load_codes(to.codes[i], weight_.codes + byte_of(e));
-            const int64_t block = block_of(e, weight_.block_shift);
-            if (weight_.nested_absmax) {
-                to.byte[i] = __ldg(static_cast<const uint8_t*>(weight_.absmax) + block);
-                to.factor[i] = __ldg(weight_.nested_absmax + (block >> kNestedBlockShift));
+            const unsigned row = min(static_cast<unsigned>(decode_weight_row(lane_) + 8 * i), last_row_);
+            load_codes(to.codes[i], codes_ + (row * row_bytes() + byte));
+            const unsigned at = row * row_blocks() + block;
+            if (task_.weight.nested_absmax) {
+                to.byte[i] = __ldg(static_cast<const uint8_t*>(task_.weight.absmax) + first_block_ + at);
+                to.factor[i] = __ldg(nested_absmax_ + ((in_nested_block_ + at) >> kNestedBlockShift));
             } else {
-                to.factor[i] = __ldg(static_cast<const float*>(weight_.absmax) + block);
+                to.factor[i] = __ldg(static_cast<const float*>(task_.weight.absmax) + first_block_ + at);
             }
+        }
+        if (group_ + walk_.step < walk_.end) {
+            group_ += walk_.step;
+        } else if (first_row_ + walk_.row_step < task_.out_features) {
+            group_ = walk_.begin;
+            first_row_ += walk_.row_step;
+            enter_tile();
         }
     }
 
   private:
-    const Nf4View& weight_;
-    int lane_;
-    int64_t in_, last_row_;
+    __device__ unsigned row_bytes() const { return static_cast<unsigned>(task_.in_features / 2); }
+    __device__ unsigned row_blocks() const {
+        return static_cast<unsigned>(task_.in_features >> task_.weight.block_shift);
+    }
+    __device__ void enter_tile() {
+        const int64_t e = first_row_ * task_.in_features;
+        codes_ = task_.weight.codes + byte_of(e);
+        first_block_ = block_of(e, task_.weight.block_shift);
+        nested_absmax_ = task_.weight.nested_absmax + (first_block_ >> kNestedBlockShift);
+        in_nested_block_ = static_cast<unsigned>(first_block_) & ((1u << kNestedBlockShift) - 1);
+        // Rows behind the last are the last: they are read, but never stored.
+        const int64_t last = task_.out_features - 1 - first_row_;
+        last_row_ = static_cast<unsigned>(last < kRowTiles * kDecodeTile ? last : kRowTiles * kDecodeTile);
+    }
+
+    const CudaLinear& task_;
+    const Walk& walk_;
+    int lane_, group_;
+    int64_t first_row_, first_block_;
+    const uint8_t* codes_;
+    const float* nested_absmax_;
+    unsigned in_nested_block_, last_row_;
 };
 
 // The lane's 32 elements of the rows of x that it supplies, zeros where it supplies none.
 template <int kMasks>
 __device__ __forceinline__ void load_x(uint32_t (&words)[kMasks][kXWords], const CudaLinear& task, int group,
                                        int lane) {
-    const int64_t column = int64_t{group} * kDecodeGroup + decode_first_element(lane);
+    const int column = group * kDecodeGroup + decode_first_element(lane);
 #pragma unroll
     for (int mask = 0; mask < kMasks; ++mask) {
         const int row = mask * kDecodeMaskRows + decode_supplied_row(lane);
         const bool there = decode_supplies(lane) && row < task.rows && column < task.in_features;
-        const auto* from =
-            reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(task.x) + row * task.x_stride + column);
+        const auto* from = static_cast<const uint16_t*>(task.x) + row * task.x_stride + column;
 #pragma unroll
-        for (int i = 0; i < kXWords / 4; ++i) {
-            const uint4 four = there ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
-            words[mask][4 * i] = four.x, words[mask][4 * i + 1] = four.y;
-            words[mask][4 * i + 2] = four.z, words[mask][4 * i + 3] = four.w;
+        for (int i = 0; i < kXWords; i += 4) {
+            uint4 four = make_uint4(0, 0, 0, 0);
+            if (there) four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+            words[mask][i] = four.x, words[mask][i + 1] = four.y;
+            words[mask][i + 2] = four.z, words[mask][i + 3] = four.w;
         }
     }
 }
@@ -101,21 +135,22 @@ struct Shared {
 };
 
 template <Dtype kDtype, int kMasks, int kRowTiles>
-__global__ void __launch_bounds__(kMostWarps* kLanes) nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
+__global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
+    nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
     extern __shared__ __align__(16) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     constexpr int kTileRows = kRowTiles * kDecodeTile, kXRows = kMasks * kDecodeMaskRows;
     const int threads = plan.warps * kLanes, thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
     const int warp = __shfl_sync(~0u, thread / kLanes, 0);  // the same in all lanes, and the compiler knows it
     const int groups = static_cast<int>((task.in_features + kDecodeGroup - 1) / kDecodeGroup);
-    const int begin = static_cast<int>(blockIdx.y) * plan.split_groups + warp;
-    const int end = min(static_cast<int>(blockIdx.y + 1) * plan.split_groups, groups);
+    const int split = static_cast<int>(blockIdx.y) * plan.split_groups;
+    const Walk walk{split + warp, min(split + plan.split_groups, groups), plan.warps, int64_t{blockIdx.x} * kTileRows,
+                    int64_t{gridDim.x} * kTileRows};
 
     // The first codes are on their way while the table is filled.
-    const Reader<kRowTiles> reader(task, lane);
+    Reader<kRowTiles> reader(task, walk, lane);
     Fetched<kRowTiles> next;
-    int64_t first_row = int64_t{blockIdx.x} * kTileRows;
-    if (begin < end) reader.fetch(next, first_row, begin);
+    if (walk.begin < walk.end) reader.fetch(next);
     fill_pair16<kDtype>(shared.table, thread, threads);
     float offset = 0.0f;
     if (task.weight.nested_absmax) {
@@ -125,16 +160,12 @@ __global__ void __launch_bounds__(kMostWarps* kLanes) nf4_linear_decode(const Cu
     __syncthreads();
 
     const uint32_t lane_offset = pair_lane_offset<4>(lane);
-    const int64_t stride = int64_t{gridDim.x} * kTileRows;
-    for (; first_row < task.out_features; first_row += stride) {
+    for (int64_t first_row = walk.first_row; first_row < task.out_features; first_row += walk.row_step) {
         float sums[kRowTiles][kMasks][4] = {};
 #pragma unroll 1
-        for (int group = begin; group < end; group += plan.warps) {
+        for (int group = walk.begin; group < walk.end; group += walk.step) {
             const Fetched<kRowTiles> now = next;
-            if (group + plan.warps < end)
-                reader.fetch(next, first_row, group + plan.warps);
-            else if (first_row + stride < task.out_features)
-                reader.fetch(next, first_row + stride, begin);
+            reader.fetch(next);
             uint32_t x[kMasks][kXWords];
             load_x(x, task, group, lane);
 #pragma unroll
@@ -189,6 +220,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes) nf4_linear_decode(const Cu
         // Until here nothing depends on the kernel before, which computes h.
         asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+#pragma unroll 1
         for (int i = thread; i < task.rows * kTileRows; i += threads) {
             const int row = i / kTileRows;
             const int64_t weight_row = first_row + i % kTileRows;
@@ -210,7 +242,7 @@ cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int dev
     constexpr auto kernel = nf4_linear_decode<kDtype, kMasks, kRowTiles>;
     constexpr int kWarpSums = kMasks * kDecodeMaskRows * kRowTiles * kDecodeTile * static_cast<int>(sizeof(float));
     constexpr int kFixedBytes = offsetof(Shared, sums);
-    cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + kMostWarps * kWarpSums);
+    cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + decode_most_warps(kMasks, kRowTiles) * kWarpSums);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(plan.splits));
     const dim3 block(static_cast<unsigned>(plan.warps * kLanes));
