@@ -3,7 +3,9 @@
 A backend asked for by name runs or raises; only auto chooses. The rule for auto:
 
 - `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
-- `reference` (plain torch): everything else, which is float64 and devices without kernels.
+- `reference` (plain torch): everything else, which is float64 and other devices.
+
+No GPU has run the `cuda` kernels on record yet, so auto leaves them alone: they run where they are asked for.
 """
 
 import os
@@ -13,8 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peftkern._native import caps
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = CPU_DTYPES
+CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear")
 
 
 class Choice(NamedTuple):
@@ -84,6 +90,21 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
             f"{op}: backend 'cpu' takes fp32, bf16 or fp16 on the CPU, got {x.dtype} on {x.device}; "
             "use backend='reference' or move x"
         )
-    if name in ("triton", "cuda"):
+    if name == "cuda" and (problem := _cuda_problem(op, x)):
+        raise RuntimeError(f"{op}: backend 'cuda' {problem}")
+    if name == "triton":
         raise RuntimeError(f"{op}: backend {name!r} is not part of this build")
     return Choice(name, why)
+
+
+def _cuda_problem(op: str, x: torch.Tensor) -> str | None:
+    """Why the CUDA kernels cannot run `op` on x; None if they can."""
+    if not caps.cuda_archs():
+        return "is not part of this build, which found no nvcc"
+    if x.device.type != "cuda":
+        return f"needs tensors on a CUDA device, got x on {x.device}"
+    if x.dtype not in CUDA_DTYPES:
+        return f"takes fp32, bf16 or fp16, got {x.dtype}; use backend='reference'"
+    if op not in CUDA_OPS:
+        return "has no kernel for this op"
+    return None
