@@ -1,7 +1,9 @@
 // nf4_linear for 1 to 8 rows: codes stream to registers once, become 16-bit pairs by the table and meet x in mma.sync.
 // nf4_decode_maps.h says which lane holds what.
 #include "cuda/launch.h"
+#include "cuda/mma_sm80.h"
 #include "cuda/nf4_decode_maps.h"
+#include "cuda/ptx.h"
 
 namespace peftkern {
 namespace {
@@ -9,28 +11,6 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kCodeWords = 4;  // of 8 codes: 16 bytes of a row
 constexpr int kXWords = 16;    // of 2 values: the 32 elements of x beside them
-
-template <Dtype kDtype>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (kDtype == Dtype::kBFloat16) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-}
-
-// Read once: not kept in L1.
-__device__ __forceinline__ void load_codes(uint32_t (&words)[kCodeWords], const uint8_t* from) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "l"(from));
-}
 
 // The groups of a warp in every tile, and the tiles of its CTA.
 struct Walk {
@@ -65,7 +45,7 @@ class Reader {
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
             const unsigned row = min(static_cast<unsigned>(decode_weight_row(lane_) + 8 * i), last_row_);
-            load_codes(to.codes[i], codes_ + (row * row_bytes() + byte));
+            load_streaming(to.codes[i], codes_ + (row * row_bytes() + byte));
             const unsigned at = row * row_blocks() + block;
             if (task_.weight.nested_absmax) {
                 to.byte[i] = __ldg(static_cast<const uint8_t*>(task_.weight.absmax) + first_block_ + at);
@@ -137,8 +117,7 @@ struct Shared {
 template <Dtype kDtype, int kMasks, int kRowTiles>
 __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
     nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
-    extern __shared__ __align__(16) unsigned char shared_bytes[];
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
     constexpr int kTileRows = kRowTiles * kDecodeTile, kXRows = kMasks * kDecodeMaskRows;
     const int threads = plan.warps * kLanes, thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
     const int warp = __shfl_sync(~0u, thread / kLanes, 0);  // the same in all lanes, and the compiler knows it
@@ -216,10 +195,8 @@ __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
             }
         }
         __syncthreads();
-#if __CUDA_ARCH__ >= 900
-        // Until here nothing depends on the kernel before, which computes h.
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+        // Until here nothing depends on the kernel before, which may compute h.
+        wait_for_previous_kernel();
 #pragma unroll 1
         for (int i = thread; i < task.rows * kTileRows; i += threads) {
             const int row = i / kTileRows;

@@ -204,7 +204,7 @@ PEFTKERN_BOTH int pair32_store_address(int store) {
     return (store >> 4) * kPairRowBytes + (store & 15) * 16;
 }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(PEFTKERN_EMULATED)
 // Fills a table of kPairTableBytes in shared memory; the caller synchronises.
 template <Dtype kDtype>
 __device__ __forceinline__ void fill_pair16(unsigned char* table, int thread, int threads) {
