@@ -57,21 +57,24 @@ def compile_kernels(source: str, arch: str, output: Path) -> tuple[dict[str, Ker
     assert compiler and disassembler
     target = output / f"{source}.{arch}.o"
     flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    code = f"arch=compute_{arch},code=sm_{arch}"
     done = subprocess.run(
-        [compiler, *flags, "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        + ["-c", f"csrc/cuda/{source}", "-o", str(target)],
+        [compiler, *flags, "-gencode", code, "-c", f"csrc/cuda/{source}", "-o", str(target)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    path = f"{Path(disassembler).parent}{os.pathsep}{os.environ['PATH']}"
+    return read_kernels(target), done.stderr
+
+
+def read_kernels(binary: Path, arch: str | None = None) -> dict[str, Kernel]:
+    """The kernels of an object or a library by their mangled names, of one architecture where it has several."""
+    disassembler = cuobjdump()
+    assert disassembler
+    only = [] if arch is None else ["-arch", f"sm_{arch}"]
     listing = subprocess.run(
-        [disassembler, "-sass", str(target)],
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
+        [disassembler, "-sass", *only, str(binary)], env=with_tools(), capture_output=True, text=True, check=True
     ).stdout
     kernels: dict[str, Kernel] = {}
     for line in listing.splitlines():
@@ -80,4 +83,17 @@ def compile_kernels(source: str, arch: str, output: Path) -> tuple[dict[str, Ker
         elif instruction := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
             kernel.addresses.append(int(instruction.group(1), 16))
             kernel.code.append(instruction.group(2))
-    return kernels, done.stderr
+    return kernels
+
+
+def with_tools() -> dict[str, str]:
+    """The environment in which cuobjdump finds the disassembler beside it."""
+    return {**os.environ, "PATH": f"{Path(str(cuobjdump())).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def read_resources(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+    """Registers, stack and shared memory of a library's kernels, as cuobjdump names them."""
+    command = [str(cuobjdump()), "-res-usage", "-arch", f"sm_{arch}", str(binary)]
+    report = subprocess.run(command, env=with_tools(), capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+(REG:.*)", report)
+    return {name: {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", line)} for name, line in found}

@@ -58,6 +58,17 @@ struct CudaLinear {
     float* partials;  // [splits, rows, out_features] where splits > 1
 };
 
+// h = x lora_a^T in fp32, at most 8 rows of bf16 or fp16.
+struct CudaLoraDown {
+    const void* x;  // [rows, in_features], rows x_stride elements apart
+    int64_t x_stride, rows, in_features;
+    Dtype dtype;
+    const void* lora_a;  // [rank, in_features]
+    Dtype lora_a_dtype;
+    int rank;
+    float* h;  // [rows, rank]
+};
+
 // y = epilogue(sum of partials), in bf16 or fp16.
 struct CudaSplitSum {
     const float* partials;  // [splits, rows, columns]
@@ -77,6 +88,7 @@ int peftkern_cuda_nf4_quantize(const CudaQuantize* task, void* stream);
 int peftkern_cuda_nf4_quantize_absmax(const CudaQuantizeAbsmax* task, void* stream);
 int peftkern_cuda_nf4_dequantize(const CudaDequantize* task, void* stream);
 int peftkern_cuda_nf4_linear_decode(const CudaLinear* task, const DecodePlan* plan, int device, void* stream);
+int peftkern_cuda_lora_down(const CudaLoraDown* task, void* stream);
 int peftkern_cuda_split_sum(const CudaSplitSum* task, void* stream);
 }
 

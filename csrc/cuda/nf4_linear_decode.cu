@@ -27,7 +27,7 @@ struct Fetched {
 };
 
 // Walks a lane through the groups of its warp, tile by tile. Within a tile 32-bit offsets do.
-template <int kRowTiles>
+template <int kRowTiles, bool kNested>
 class Reader {
   public:
     __device__ Reader(const CudaLinear& task, const Walk& walk, int lane)
@@ -47,7 +47,7 @@ class Reader {
             const unsigned row = min(static_cast<unsigned>(decode_weight_row(lane_) + 8 * i), last_row_);
             load_streaming(to.codes[i], codes_ + (row * row_bytes() + byte));
             const unsigned at = row * row_blocks() + block;
-            if (task_.weight.nested_absmax) {
+            if constexpr (kNested) {
                 to.byte[i] = __ldg(static_cast<const uint8_t*>(task_.weight.absmax) + first_block_ + at);
                 to.factor[i] = __ldg(nested_absmax_ + ((in_nested_block_ + at) >> kNestedBlockShift));
             } else {
@@ -114,7 +114,7 @@ struct Shared {
     float sums[1];  // [warps][rows of x][rows of the weight]
 };
 
-template <Dtype kDtype, int kMasks, int kRowTiles>
+template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
 __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
     nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -127,12 +127,12 @@ __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
                     int64_t{gridDim.x} * kTileRows};
 
     // The first codes are on their way while the table is filled.
-    Reader<kRowTiles> reader(task, walk, lane);
+    Reader<kRowTiles, kNested> reader(task, walk, lane);
     Fetched<kRowTiles> next;
     if (walk.begin < walk.end) reader.fetch(next);
     fill_pair16<kDtype>(shared.table, thread, threads);
     float offset = 0.0f;
-    if (task.weight.nested_absmax) {
+    if constexpr (kNested) {
         offset = __ldg(task.weight.offset);
         for (int i = thread; i < kNestedMapSize; i += threads) shared.map[i] = __ldg(task.weight.nested_quant_map + i);
     }
@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float scale = now.factor[2 * tile + i];
-                    if (task.weight.nested_absmax)
-                        scale = nested_scale(shared.map[now.byte[2 * tile + i]], scale, offset);
+                    if constexpr (kNested) scale = nested_scale(shared.map[now.byte[2 * tile + i]], scale, offset);
                     scale *= pair16_unscale<kDtype>();
 #pragma unroll
                     for (int mask = 0; mask < kMasks; ++mask) {
@@ -214,9 +213,9 @@ __global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
     }
 }
 
-template <Dtype kDtype, int kMasks, int kRowTiles>
+template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
 cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int device, cudaStream_t stream) {
-    constexpr auto kernel = nf4_linear_decode<kDtype, kMasks, kRowTiles>;
+    constexpr auto kernel = nf4_linear_decode<kDtype, kMasks, kRowTiles, kNested>;
     constexpr int kWarpSums = kMasks * kDecodeMaskRows * kRowTiles * kDecodeTile * static_cast<int>(sizeof(float));
     constexpr int kFixedBytes = offsetof(Shared, sums);
     cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + decode_most_warps(kMasks, kRowTiles) * kWarpSums);
@@ -227,13 +226,19 @@ cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int dev
     return launch<kernel>(shape, task, plan);
 }
 
+template <Dtype kDtype, bool kNested>
+cudaError_t launch_scales(const CudaLinear& task, const DecodePlan& plan, int device, cudaStream_t stream) {
+    if (task.rows <= kDecodeMaskRows)
+        return plan.row_tiles == 1 ? launch_tiles<kDtype, 1, 1, kNested>(task, plan, device, stream)
+                                   : launch_tiles<kDtype, 1, 2, kNested>(task, plan, device, stream);
+    return plan.row_tiles == 1 ? launch_tiles<kDtype, 2, 1, kNested>(task, plan, device, stream)
+                               : launch_tiles<kDtype, 2, 2, kNested>(task, plan, device, stream);
+}
+
 template <Dtype kDtype>
 cudaError_t launch_dtype(const CudaLinear& task, const DecodePlan& plan, int device, cudaStream_t stream) {
-    if (task.rows <= kDecodeMaskRows)
-        return plan.row_tiles == 1 ? launch_tiles<kDtype, 1, 1>(task, plan, device, stream)
-                                   : launch_tiles<kDtype, 1, 2>(task, plan, device, stream);
-    return plan.row_tiles == 1 ? launch_tiles<kDtype, 2, 1>(task, plan, device, stream)
-                               : launch_tiles<kDtype, 2, 2>(task, plan, device, stream);
+    return task.weight.nested_absmax ? launch_scales<kDtype, true>(task, plan, device, stream)
+                                     : launch_scales<kDtype, false>(task, plan, device, stream);
 }
 
 }  // namespace
