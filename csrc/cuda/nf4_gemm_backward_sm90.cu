@@ -1,0 +1,171 @@
+// dX of nf4_linear by wgmma: dX^T = W^T dY^T. Codes come out of shared memory transposed (ldmatrix on units of four
+// codes) into the register operand, every weight as nf4_dequantize rounds it: a scale per row of the contraction cannot
+// wait for the sum. Tile 256 of in x T tokens; two consumer warpgroups of 128 in as two products of 64, one producer
+// warpgroup.
+#include "cuda/nf4_gemm_decode.h"
+#include "cuda/nf4_gemm_launch.h"
+#include "cuda/nf4_gemm_tma.h"
+#include "cuda/tensor_map.h"
+
+namespace peftkern {
+namespace {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <Dtype kDtype, int kTokens>
+struct Part {
+    static constexpr int kCopyBytes = Backward::kScalesAt<kTokens>;
+
+    const CUtensorMap& x_map;
+    const CUtensorMap& code_map;
+    const CudaLinear& linear;
+    ScaleReader reader;
+    Tile tile;
+    int64_t row_blocks, scale_block[2];
+
+    __device__ Part(const CUtensorMap& x_map, const CUtensorMap& code_map, const CudaLinear& linear, const float* map,
+                    const Tile& tile)
+        : x_map(x_map),
+          code_map(code_map),
+          linear(linear),
+          reader(linear.weight, map, 1.0f),
+          tile(tile),
+          row_blocks(linear.in_features >> linear.weight.block_shift) {
+        for (int i = 0; i < 2; ++i) {
+            const int64_t in = tile.first_column + (scale_index(i) >> 6) * 64;
+            scale_block[i] = in < linear.in_features ? in >> linear.weight.block_shift : -1;
+        }
+    }
+
+    __device__ void copy(uint32_t stage, int step, uint32_t barrier) const {
+        const int out = (tile.step_begin + step) * Backward::kStep;
+        load_box(stage, x_map, out, static_cast<int>(tile.first_token), barrier);
+        load_box(stage + Backward::kCodesAt<kTokens>, code_map, static_cast<int>(tile.first_column / 2), out, barrier);
+    }
+    // A thread provides the scales of row thread & 63 of out, of blocks thread >> 6 and 2 + (thread >> 6) of in.
+    __device__ RawScale fetch(int step, int i) const {
+        const int64_t out = int64_t(tile.step_begin + step) * Backward::kStep + (threadIdx.x & 63);
+        return reader.fetch(out * row_blocks + scale_block[i], scale_block[i] >= 0 && out < linear.out_features);
+    }
+    static __device__ int scale_index(int i) { return i * 128 + (threadIdx.x & 127); }
+};
+
+template <Dtype kDtype, int kTokens>
+struct BackwardConsumer : Consumer<Backward, kTokens> {
+    using Base = Consumer<Backward, kTokens>;
+    using Base::Base;
+
+    float sums[2][kTokens / 2] = {};
+    uint32_t fragments[2][2][2][4];  // [half][step of 16][tile]
+
+    template <int kHalf>
+    __device__ void decode(int slot) {
+        const unsigned char* stage = this->stages + slot * Base::kStageBytes;
+        uint32_t words[4];
+        load_matrices_transposed(words, shared_address(stage) + Backward::kCodesAt<kTokens> +
+                                            backward_code_address(kHalf, this->warp, this->lane));
+        const float* stage_scales = reinterpret_cast<const float*>(stage + Backward::kScalesAt<kTokens>);
+        Pair scales[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const float2 pair =
+                *reinterpret_cast<const float2*>(stage_scales + backward_scale_index(kHalf, this->warp, m, this->lane));
+            scales[m] = {pair.x, pair.y};
+        }
+        decode_transposed<kDtype>(fragments[kHalf], words, scales, this->table, this->lane * 8);
+    }
+
+    template <int kHalf>
+    __device__ void multiply(int slot) {
+        begin_products();
+#pragma unroll
+        for (int k16 = 0; k16 < 2; ++k16) {
+            const uint64_t tokens = this->descriptor(slot, token_step_offset(kHalf * 2 + k16));
+            Product<kDtype, kTokens>::run(sums[0], fragments[kHalf][k16][0], tokens, true);
+            Product<kDtype, kTokens>::run(sums[1], fragments[kHalf][k16][1], tokens, true);
+        }
+        commit_products();
+    }
+
+    template <int kInFlight>
+    __device__ void wait_products() {
+        wait_products_in_flight<kInFlight>();
+        if (kInFlight == 0) {
+            hold(sums[0]);
+            hold(sums[1]);
+        }
+    }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <Dtype kDtype, int kTokens>
+__global__ void __launch_bounds__(kThreadsSm90, 1)
+    nf4_gemm_backward_sm90(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap code_map,
+                           const __grid_constant__ CudaGemm gemm) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    const CudaLinear& linear = gemm.linear;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int kStages = kStagesOf<Backward, kTokens>;
+    float* map = reinterpret_cast<float*>(shared + kMapOffset);
+    const Barriers<kStages> barriers{shared_address(shared + kBarrierOffset)};
+    const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Backward::kTile, steps_of(linear.rows, kTokens),
+                              static_cast<int>(steps_of(linear.out_features, Backward::kStep)), gemm.plan.slice_steps);
+    if (threadIdx.x == 0) barriers.init();
+    __syncthreads();
+
+    if (threadIdx.x >= kConsumerThreads) {
+        give_registers<kProducerRegisters>();
+        fill_map(map, linear.weight, threadIdx.x - kConsumerThreads, kProducerThreads);
+        sync_part<1, kProducerThreads>();
+        Part<kDtype, kTokens> part(x_map, code_map, linear, map, tile);
+        Producer<Backward, kTokens, Part<kDtype, kTokens>> producer{part, barriers, shared + kStagesOffsetSm90};
+        produce<kStages>(tile.steps, producer);
+        return;
+    }
+    take_registers<kConsumerRegisters>();
+    fill_pair32(shared, threadIdx.x, kConsumerThreads);
+    sync_part<2, kConsumerThreads>();
+    BackwardConsumer<kDtype, kTokens> consumer(barriers, shared);
+    consume_exact<kStages>(tile.steps, consumer);
+
+    // A thread holds four neighbours of in for each of its tokens.
+    const int64_t in = tile.first_column + consumer.warp * 32 + backward_in(consumer.lane, 0, 0);
+    if (in >= linear.in_features) return;
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) {
+        const int first = (i >> 1) * 4 + (i & 1);
+        const int64_t token = tile.first_token + (i >> 1) * 8 + accumulator_token(consumer.lane, i & 1);
+        if (token >= linear.rows) continue;
+        float values[4] = {consumer.sums[0][first], consumer.sums[0][first + 2], consumer.sums[1][first],
+                           consumer.sums[1][first + 2]};
+        store_four<kDtype, true, false>(linear, blockIdx.y, token, in, linear.in_features, values);
+    }
+#endif
+}
+
+template <Dtype kDtype, int kTokens>
+int launch_tokens(const CudaGemm& gemm, void* stream) {
+    static_assert(kSharedBytes<Backward, kTokens> <= 227 * 1024);
+    const CudaLinear& linear = gemm.linear;
+    CUtensorMap x_map, code_map;
+    if (const int error = encode_tokens(&x_map, linear, linear.out_features, kTokens)) return error;
+    if (const int error = encode_codes(&code_map, linear, Backward::kStep, Backward::kTile / 2)) return error;
+    return launch_tiles<nf4_gemm_backward_sm90<kDtype, kTokens>>(gemm, linear.in_features, Backward::kTile,
+                                                                 kThreadsSm90, kSharedBytes<Backward, kTokens>, stream,
+                                                                 x_map, code_map, gemm);
+}
+
+template <Dtype kDtype>
+int launch_dtype(const CudaGemm& gemm, void* stream) {
+    return for_tile<16, 32, 64, 128>(
+        gemm.plan.tokens, [&](auto tokens) { return launch_tokens<kDtype, decltype(tokens)::value>(gemm, stream); });
+}
+
+}  // namespace
+}  // namespace peftkern
+
+extern "C" int peftkern::peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, void* stream) {
+    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, stream)
+                                                  : launch_dtype<Dtype::kFloat16>(*gemm, stream);
+}
