@@ -9,68 +9,6 @@
 namespace peftkern {
 namespace {
 
-template <Dtype kDtype, int kTokens>
-struct Loader {
-    static constexpr int kStageBytes = Backward::kBytes<kTokens>;
-    static constexpr int kYCopies = kTokens < 32 ? 1 : kTokens / 32;
-
-    const CudaLinear& linear;
-    const ScaleReader& reader;
-    unsigned char* stages;
-    const char* y;
-    const uint8_t* codes;
-    int64_t k, scale_block;
-    int y_to, code_to, y_rows;
-    bool has_columns;
-
-    __device__ Loader(const CudaLinear& linear, const ScaleReader& reader, unsigned char* stages, const Tile& tile)
-        : linear(linear), reader(reader), stages(stages) {
-        const int thread = threadIdx.x, row = thread >> 3, chunk = thread & 7;
-        k = int64_t(tile.step_begin) * Backward::kStep;
-        y = static_cast<const char*>(linear.x) + ((tile.first_token + row) * linear.x_stride + k + chunk * 8) * 2;
-        y_rows = static_cast<int>(min(int64_t(kTokens), linear.rows - tile.first_token)) - row;
-        y_to = swizzle_128(row, chunk);
-        codes = linear.weight.codes + ((k + row) * linear.in_features + tile.first_column) / 2 + chunk * 16;
-        code_to = Backward::kCodesAt<kTokens> + swizzle_128(row, chunk);
-        has_columns = tile.first_column + chunk * 32 < linear.in_features;
-        const int64_t in = tile.first_column + (thread >> 6) * 64;
-        scale_block = in < linear.in_features ? in >> linear.weight.block_shift : -1;
-    }
-
-    // Issues the copies of the next step into `slot`; what lies past the end is zeros.
-    __device__ void copy(int slot) {
-        const uint32_t to = shared_address(stages) + slot * kStageBytes;
-        const bool y_inside = k + (threadIdx.x & 7) * 8 < linear.out_features;
-        if (kTokens >= 32 || threadIdx.x < kTokens * 8) {
-#pragma unroll
-            for (int i = 0; i < kYCopies; ++i) {
-                const bool valid = y_inside && i * 32 < y_rows;
-                copy_async(to + y_to + i * 32 * 128, valid ? y + i * 64 * linear.x_stride : linear.x, valid);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const bool valid = has_columns && k + (threadIdx.x >> 3) + i * 32 < linear.out_features;
-            copy_async(to + code_to + i * 32 * 128, valid ? codes + i * 16 * linear.in_features : linear.weight.codes,
-                       valid);
-        }
-        y += Backward::kStep * 2;
-        codes += Backward::kStep * linear.in_features / 2;
-        k += Backward::kStep;
-    }
-
-    // The scale that this thread provides: of out row thread & 63, block thread >> 6 of in.
-    __device__ RawScale fetch(int step) const {
-        const int64_t out = int64_t(step) * Backward::kStep + (threadIdx.x & 63);
-        return reader.fetch(out * (linear.in_features >> linear.weight.block_shift) + scale_block,
-                            scale_block >= 0 && out < linear.out_features);
-    }
-    __device__ void store(int slot, RawScale raw) const {
-        reinterpret_cast<float*>(stages + slot * kStageBytes + Backward::kScalesAt<kTokens>)[threadIdx.x] =
-            reader.decode(raw);
-    }
-};
-
 // 32 of out of one stage: 32 of in x T tokens of a warp.
 template <Dtype kDtype, int kTokens>
 __device__ __forceinline__ void multiply_half(float (&sums)[2][kTokens / 8][4], const unsigned char* stage,
@@ -104,28 +42,36 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_backward_sm80(const 
     extern __shared__ __align__(1024) unsigned char shared[];
     float* map = reinterpret_cast<float*>(shared + kMapOffset);
     unsigned char* stages = shared + kStagesOffsetSm80;
-    constexpr int kStageBytes = Loader<kDtype, kTokens>::kStageBytes;
+    constexpr int kStageBytes = Backward::kBytes<kTokens>;
     const CudaLinear& linear = gemm.linear;
     const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Backward::kTile, steps_of(linear.rows, kTokens),
                               static_cast<int>(steps_of(linear.out_features, Backward::kStep)), gemm.plan.slice_steps);
     const ScaleReader reader(linear.weight, map, 1.0f);
-    Loader<kDtype, kTokens> loader(linear, reader, stages, tile);
+    BackwardLoader<kTokens> loader(linear, tile, threadIdx.x);
+    const auto copy = [&](int slot) {
+        const uint32_t stage = shared_address(stages) + slot * kStageBytes;
+        loader.next([&](int to, const void* from, bool valid) { copy_async(stage + to, from, valid); });
+    };
+    const auto store_scale = [&](int slot, RawScale raw) {
+        float* scales = reinterpret_cast<float*>(stages + slot * kStageBytes + Backward::kScalesAt<kTokens>);
+        scales[threadIdx.x] = reader.decode(raw);
+    };
 
     RawScale first_scales[kMostStagesSm80 - 1];
 #pragma unroll
     for (int i = 0; i < kMostStagesSm80 - 1; ++i) {
-        first_scales[i] = loader.fetch(tile.step_begin + i);
+        first_scales[i] = reader.fetch(loader.scale(tile.step_begin + i));
         if (i >= stage_count - 1) continue;
-        if (i < tile.steps) loader.copy(i);
+        if (i < tile.steps) copy(i);
         commit_copies();
     }
-    RawScale ahead = loader.fetch(tile.step_begin + stage_count - 1);
+    RawScale ahead = reader.fetch(loader.scale(tile.step_begin + stage_count - 1));
     fill_map(map, linear.weight, threadIdx.x, kThreadsSm80);
     fill_pair32(shared, threadIdx.x, kThreadsSm80);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kMostStagesSm80 - 1; ++i)
-        if (i < stage_count - 1) loader.store(i, first_scales[i]);
+        if (i < stage_count - 1) store_scale(i, first_scales[i]);
 
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     float sums[2][kTokens / 8][4] = {};
@@ -135,11 +81,11 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_backward_sm80(const 
         wait_for_stage(stage_count);
         __syncthreads();
         if (step + stage_count - 1 < tile.steps) {
-            loader.copy(fill);
-            loader.store(fill, ahead);
+            copy(fill);
+            store_scale(fill, ahead);
         }
         commit_copies();
-        ahead = loader.fetch(tile.step_begin + step + stage_count);
+        ahead = reader.fetch(loader.scale(tile.step_begin + step + stage_count));
         const unsigned char* stage = stages + slot * kStageBytes;
         multiply_half<kDtype, kTokens>(sums, stage, shared, 0, warp, lane);
         multiply_half<kDtype, kTokens>(sums, stage, shared, 1, warp, lane);

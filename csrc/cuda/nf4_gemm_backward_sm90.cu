@@ -13,44 +13,6 @@ namespace {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <Dtype kDtype, int kTokens>
-struct Part {
-    static constexpr int kCopyBytes = Backward::kScalesAt<kTokens>;
-
-    const CUtensorMap& x_map;
-    const CUtensorMap& code_map;
-    const CudaLinear& linear;
-    ScaleReader reader;
-    Tile tile;
-    int64_t row_blocks, scale_block[2];
-
-    __device__ Part(const CUtensorMap& x_map, const CUtensorMap& code_map, const CudaLinear& linear, const float* map,
-                    const Tile& tile)
-        : x_map(x_map),
-          code_map(code_map),
-          linear(linear),
-          reader(linear.weight, map, 1.0f),
-          tile(tile),
-          row_blocks(linear.in_features >> linear.weight.block_shift) {
-        for (int i = 0; i < 2; ++i) {
-            const int64_t in = tile.first_column + (scale_index(i) >> 6) * 64;
-            scale_block[i] = in < linear.in_features ? in >> linear.weight.block_shift : -1;
-        }
-    }
-
-    __device__ void copy(uint32_t stage, int step, uint32_t barrier) const {
-        const int out = (tile.step_begin + step) * Backward::kStep;
-        load_box(stage, x_map, out, static_cast<int>(tile.first_token), barrier);
-        load_box(stage + Backward::kCodesAt<kTokens>, code_map, static_cast<int>(tile.first_column / 2), out, barrier);
-    }
-    // A thread provides the scales of row thread & 63 of out, of blocks thread >> 6 and 2 + (thread >> 6) of in.
-    __device__ RawScale fetch(int step, int i) const {
-        const int64_t out = int64_t(tile.step_begin + step) * Backward::kStep + (threadIdx.x & 63);
-        return reader.fetch(out * row_blocks + scale_block[i], scale_block[i] >= 0 && out < linear.out_features);
-    }
-    static __device__ int scale_index(int i) { return i * 128 + (threadIdx.x & 127); }
-};
-
-template <Dtype kDtype, int kTokens>
 struct BackwardConsumer : Consumer<Backward, kTokens> {
     using Base = Consumer<Backward, kTokens>;
     using Base::Base;
@@ -118,8 +80,10 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
         give_registers<kProducerRegisters>();
         fill_map(map, linear.weight, threadIdx.x - kConsumerThreads, kProducerThreads);
         sync_part<1, kProducerThreads>();
-        Part<kDtype, kTokens> part(x_map, code_map, linear, map, tile);
-        Producer<Backward, kTokens, Part<kDtype, kTokens>> producer{part, barriers, shared + kStagesOffsetSm90};
+        const ScaleReader reader(linear.weight, map, 1.0f);
+        const BackwardBoxes<kTokens> boxes(linear, tile, threadIdx.x - kConsumerThreads);
+        Producer<Backward, kTokens, BackwardBoxes<kTokens>> producer{boxes,    reader,   x_map,
+                                                                     code_map, barriers, shared + kStagesOffsetSm90};
         produce<kStages>(tile.steps, producer);
         return;
     }

@@ -1,7 +1,7 @@
 // Codes to tensor-core fragments, per lane. Host and device: the tests run these functions for every lane.
 #pragma once
 
-#include "cuda/nf4_maps.h"
+#include "cuda/nf4_gemm_maps.h"
 
 namespace peftkern {
 
@@ -36,8 +36,7 @@ PEFTKERN_BOTH Pair look_up_pair(const unsigned char* table, uint32_t word, int i
 // The order of sm80_code_address: byte i of the lane's eight is k = 16t + 2i, and the next.
 PEFTKERN_BOTH void decode_permuted(uint32_t (&fragments)[4][4], const uint32_t (&low_row)[2],
                                    const uint32_t (&high_row)[2], const unsigned char* table, uint32_t lane_offset) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    PEFTKERN_UNROLLED for (int j = 0; j < 4; ++j) {
         const int word = j >> 1, byte = 2 * j & 3;
         fragments[j][0] = look_up_halves(table, low_row[word], byte, lane_offset);
         fragments[j][1] = look_up_halves(table, high_row[word], byte, lane_offset);
@@ -50,8 +49,7 @@ PEFTKERN_BOTH void decode_permuted(uint32_t (&fragments)[4][4], const uint32_t (
 PEFTKERN_BOTH void decode_natural(uint32_t (&fragments)[4][4], const uint32_t (&low_row)[8],
                                   const uint32_t (&high_row)[8], const unsigned char* table, uint32_t lane_offset,
                                   int byte) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    PEFTKERN_UNROLLED for (int j = 0; j < 8; ++j) {
         fragments[j >> 1][(j & 1) * 2] = look_up_halves(table, low_row[j], byte, lane_offset);
         fragments[j >> 1][(j & 1) * 2 + 1] = look_up_halves(table, high_row[j], byte, lane_offset);
     }
@@ -62,8 +60,7 @@ template <Dtype kDtype>
 PEFTKERN_BOTH void decode_natural_exact(uint32_t (&fragments)[4][4], const uint32_t (&low_row)[8],
                                         const uint32_t (&high_row)[8], float low_scale, float high_scale,
                                         const unsigned char* table, uint32_t lane_offset, int byte) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    PEFTKERN_UNROLLED for (int j = 0; j < 8; ++j) {
         const Pair low = look_up_pair(table, low_row[j], byte, lane_offset);
         const Pair high = look_up_pair(table, high_row[j], byte, lane_offset);
         fragments[j >> 1][(j & 1) * 2] = pack_halves<kDtype>(low.x * low_scale, low.y * low_scale);
@@ -77,10 +74,8 @@ PEFTKERN_BOTH void decode_natural_exact(uint32_t (&fragments)[4][4], const uint3
 template <Dtype kDtype>
 PEFTKERN_BOTH void decode_transposed(uint32_t (&fragments)[2][2][4], const uint32_t (&words)[4],
                                      const Pair (&scales)[4], const unsigned char* table, uint32_t lane_offset) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
+    PEFTKERN_UNROLLED for (int m = 0; m < 4; ++m) {
+        PEFTKERN_UNROLLED for (int tile = 0; tile < 2; ++tile) {
             const Pair even = look_up_pair(table, words[m], tile, lane_offset);
             const Pair odd = look_up_pair(table, words[m], tile + 2, lane_offset);
             uint32_t (&fragment)[4] = fragments[m >> 1][tile];

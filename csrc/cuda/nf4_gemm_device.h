@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/nf4_gemm.h"
-#include "cuda/nf4_gemm_maps.h"
+#include "cuda/nf4_gemm_load.h"
 
 namespace peftkern {
 
@@ -21,14 +21,14 @@ struct ScaleReader {
     __device__ ScaleReader(const Nf4View& weight, const float* map, float factor)
         : weight(weight), map(map), factor(factor), offset(weight.nested_absmax ? __ldg(weight.offset) : 0.0f) {}
 
-    __device__ RawScale fetch(int64_t block, bool valid) const {
+    __device__ RawScale fetch(ScalePlace place) const {
         RawScale raw{0.0f, 0};
-        if (!valid) return raw;
+        if (!place.valid) return raw;
         if (!weight.nested_absmax) {
-            raw.value = __ldg(static_cast<const float*>(weight.absmax) + block);
+            raw.value = __ldg(static_cast<const float*>(weight.absmax) + place.block);
         } else {
-            raw.byte = __ldg(static_cast<const uint8_t*>(weight.absmax) + block);
-            raw.value = __ldg(weight.nested_absmax + (block >> kNestedBlockShift));
+            raw.byte = __ldg(static_cast<const uint8_t*>(weight.absmax) + place.block);
+            raw.value = __ldg(weight.nested_absmax + (place.block >> kNestedBlockShift));
         }
         return raw;
     }

@@ -9,6 +9,15 @@
 
 #include "cuda/nf4_maps.h"
 
+// Before a loop that the device compiler unrolls, or leaves as it is; a host compiler does not know the pragma.
+#ifdef __CUDA_ARCH__
+#define PEFTKERN_UNROLLED _Pragma("unroll")
+#define PEFTKERN_ROLLED _Pragma("unroll 1")
+#else
+#define PEFTKERN_UNROLLED
+#define PEFTKERN_ROLLED
+#endif
+
 namespace peftkern {
 
 // The pair table and what stands behind it, in every GEMM: a nested quantisation map, then the barriers.

@@ -2,7 +2,7 @@
 // loops with a recorder for `Ops` and searches every interleaving of producer and consumers.
 #pragma once
 
-#include "cuda/nf4_maps.h"
+#include "cuda/nf4_gemm_maps.h"
 
 namespace peftkern {
 
@@ -29,12 +29,9 @@ constexpr int kScaleLead = 4;
 template <int kStages, class Ops>
 PEFTKERN_BOTH void produce(int steps, Ops& ops) {
     Turn<kStages> turn;
-#pragma unroll
-    for (int lead = 0; lead < kScaleLead; ++lead) ops.fetch_scales(lead, lead);
-#pragma unroll 1
-    for (int first = 0; first < steps; first += kScaleLead) {
-#pragma unroll
-        for (int lead = 0; lead < kScaleLead; ++lead) {
+    PEFTKERN_UNROLLED for (int lead = 0; lead < kScaleLead; ++lead) ops.fetch_scales(lead, lead);
+    PEFTKERN_ROLLED for (int first = 0; first < steps; first += kScaleLead) {
+        PEFTKERN_UNROLLED for (int lead = 0; lead < kScaleLead; ++lead) {
             const int step = first + lead;
             if (step >= steps) break;
             ops.wait_empty(turn.slot, turn.parity ^ 1);  // the first turn finds every stage empty
@@ -54,8 +51,7 @@ PEFTKERN_BOTH void consume_promoted(int steps, Ops& ops) {
     Turn<kStages> turn;
     ops.wait_full(turn.slot, turn.parity);
     ops.template decode<0>(turn.slot);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    PEFTKERN_ROLLED for (int step = 0; step < steps; ++step) {
         const Turn<kStages> following = step + 1 < steps ? turn.next() : turn;
         ops.template multiply<0>(turn.slot);
         ops.template decode<1>(turn.slot);
@@ -80,8 +76,7 @@ PEFTKERN_BOTH void consume_exact(int steps, Ops& ops) {
     int previous = 0;
     ops.wait_full(turn.slot, turn.parity);
     ops.template decode<0>(turn.slot);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    PEFTKERN_ROLLED for (int step = 0; step < steps; ++step) {
         const Turn<kStages> following = step + 1 < steps ? turn.next() : turn;
         ops.template multiply<0>(turn.slot);
         ops.template wait_products<1>();

@@ -8,69 +8,6 @@
 namespace peftkern {
 namespace {
 
-template <Dtype kDtype, int kTokens>
-struct Loader {
-    static constexpr int kXCopies = kTokens * 16 / kThreadsSm80;
-    static constexpr int kStageBytes = Forward::kBytes<kTokens>;
-
-    const CudaLinear& linear;
-    const ScaleReader& reader;
-    unsigned char* stages;
-    const char* x;
-    const uint8_t* codes;
-    int64_t scale_row;
-    int x_to, code_to, k, row, x_rows;
-    bool has_row[2];
-
-    __device__ Loader(const CudaLinear& linear, const ScaleReader& reader, unsigned char* stages, const Tile& tile)
-        : linear(linear), reader(reader), stages(stages) {
-        const int thread = threadIdx.x, x_row = thread >> 4, x_chunk = thread & 15, code_row = thread >> 2;
-        k = tile.step_begin * Forward::kStep;
-        x = static_cast<const char*>(linear.x) + ((tile.first_token + x_row) * linear.x_stride + k + x_chunk * 8) * 2;
-        x_rows = static_cast<int>(min(int64_t(kTokens), linear.rows - tile.first_token)) - x_row;
-        x_to = (x_chunk >> 3) * kTokens * 128 + swizzle_128(x_row, x_chunk & 7);
-        codes = linear.weight.codes + ((tile.first_column + code_row) * linear.in_features + k) / 2 + (thread & 3) * 16;
-        code_to = Forward::kCodesAt<kTokens> + swizzle_code_halves(code_row, thread & 3);
-        has_row[0] = tile.first_column + code_row < linear.out_features;
-        has_row[1] = tile.first_column + code_row + 64 < linear.out_features;
-        const int64_t scale_out = tile.first_column + (thread & 127);
-        scale_row =
-            scale_out < linear.out_features ? scale_out * (linear.in_features >> linear.weight.block_shift) : -1;
-    }
-
-    // Issues the copies of the next step into `slot`. Rows past the end and the missing half of the last step are
-    // zeros.
-    __device__ void copy(int slot) {
-        const uint32_t to = shared_address(stages) + slot * kStageBytes;
-        const bool x_inside = k + (threadIdx.x & 8) * 8 < linear.in_features;
-#pragma unroll
-        for (int i = 0; i < kXCopies; ++i) {
-            const bool valid = x_inside && i * 16 < x_rows;
-            copy_async(to + x_to + i * 16 * 128, valid ? x + i * 32 * linear.x_stride : linear.x, valid);
-        }
-        const bool codes_inside = k + (threadIdx.x & 2) * 32 < linear.in_features;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const bool valid = codes_inside && has_row[i];
-            copy_async(to + code_to + i * 64 * 64, valid ? codes + i * 32 * linear.in_features : linear.weight.codes,
-                       valid);
-        }
-        x += Forward::kStep * 2;
-        codes += Forward::kStep / 2;
-        k += Forward::kStep;
-    }
-
-    // The scale that this thread provides: of out row thread & 127, half thread >> 7.
-    __device__ RawScale fetch(int step) const {
-        const int64_t at = int64_t(step) * Forward::kStep + (threadIdx.x >> 7) * 64;
-        return reader.fetch(scale_row + (at >> linear.weight.block_shift), scale_row >= 0 && at < linear.in_features);
-    }
-    __device__ void store(int slot, RawScale raw) const {
-        float* scales = reinterpret_cast<float*>(stages + slot * kStageBytes + Forward::kScalesAt<kTokens>);
-        scales[threadIdx.x] = reader.decode(raw);
-    }
-};
-
 // One block of 64 of one stage: 32 out x T tokens of a warp.
 template <Dtype kDtype, int kTokens>
 __device__ __forceinline__ void multiply_block(float (&sums)[2][kTokens / 8][4], const unsigned char* stage,
@@ -113,28 +50,36 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm 
     extern __shared__ __align__(1024) unsigned char shared[];
     float* map = reinterpret_cast<float*>(shared + kMapOffset);
     unsigned char* stages = shared + kStagesOffsetSm80;
-    constexpr int kStageBytes = Loader<kDtype, kTokens>::kStageBytes;
+    constexpr int kStageBytes = Forward::kBytes<kTokens>;
     const CudaLinear& linear = gemm.linear;
     const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Forward::kTile, steps_of(linear.rows, kTokens),
                               static_cast<int>(steps_of(linear.in_features, Forward::kStep)), gemm.plan.slice_steps);
     const ScaleReader reader(linear.weight, map, pair16_unscale<kDtype>());
-    Loader<kDtype, kTokens> loader(linear, reader, stages, tile);
+    ForwardLoader<kTokens> loader(linear, tile, threadIdx.x);
+    const auto copy = [&](int slot) {
+        const uint32_t stage = shared_address(stages) + slot * kStageBytes;
+        loader.next([&](int to, const void* from, bool valid) { copy_async(stage + to, from, valid); });
+    };
+    const auto store_scale = [&](int slot, RawScale raw) {
+        float* scales = reinterpret_cast<float*>(stages + slot * kStageBytes + Forward::kScalesAt<kTokens>);
+        scales[threadIdx.x] = reader.decode(raw);
+    };
 
     RawScale first_scales[kMostStagesSm80 - 1];
 #pragma unroll
     for (int i = 0; i < kMostStagesSm80 - 1; ++i) {
-        first_scales[i] = loader.fetch(tile.step_begin + i);
+        first_scales[i] = reader.fetch(loader.scale(tile.step_begin + i));
         if (i >= stage_count - 1) continue;
-        if (i < tile.steps) loader.copy(i);
+        if (i < tile.steps) copy(i);
         commit_copies();
     }
-    RawScale ahead = loader.fetch(tile.step_begin + stage_count - 1);
+    RawScale ahead = reader.fetch(loader.scale(tile.step_begin + stage_count - 1));
     fill_map(map, linear.weight, threadIdx.x, kThreadsSm80);
     fill_pair16<kDtype>(shared, threadIdx.x, kThreadsSm80);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kMostStagesSm80 - 1; ++i)
-        if (i < stage_count - 1) loader.store(i, first_scales[i]);
+        if (i < stage_count - 1) store_scale(i, first_scales[i]);
 
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     const int half = warp >> 2, first_row = (warp & 3) * 32;
@@ -145,11 +90,11 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm 
         wait_for_stage(stage_count);
         __syncthreads();
         if (step + stage_count - 1 < tile.steps) {
-            loader.copy(fill);
-            loader.store(fill, ahead);
+            copy(fill);
+            store_scale(fill, ahead);
         }
         commit_copies();
-        ahead = loader.fetch(tile.step_begin + step + stage_count);
+        ahead = reader.fetch(loader.scale(tile.step_begin + step + stage_count));
         multiply_block<kDtype, kTokens>(sums, stages + slot * kStageBytes, shared, half, first_row, lane);
         slot = slot + 1 == stage_count ? 0 : slot + 1;
         fill = fill + 1 == stage_count ? 0 : fill + 1;

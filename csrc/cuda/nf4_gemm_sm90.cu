@@ -16,42 +16,6 @@ constexpr bool kExact = kTokens >= 128;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <Dtype kDtype, int kTokens>
-struct Part {
-    static constexpr int kCopyBytes = Forward::kScalesAt<kTokens>;
-
-    const CUtensorMap& x_map;
-    const CUtensorMap& code_map;
-    const CudaLinear& linear;
-    ScaleReader reader;
-    Tile tile;
-    int64_t scale_row;
-
-    __device__ Part(const CUtensorMap& x_map, const CUtensorMap& code_map, const CudaLinear& linear, const float* map,
-                    const Tile& tile)
-        : x_map(x_map),
-          code_map(code_map),
-          linear(linear),
-          reader(linear.weight, map, kExact<kTokens> ? 1.0f : pair16_unscale<kDtype>()),
-          tile(tile) {
-        const int64_t out = tile.first_column + (threadIdx.x & 127);
-        scale_row = out < linear.out_features ? out * (linear.in_features >> linear.weight.block_shift) : -1;
-    }
-
-    __device__ void copy(uint32_t stage, int step, uint32_t barrier) const {
-        const int k = (tile.step_begin + step) * Forward::kStep;
-        load_box(stage, x_map, k, static_cast<int>(tile.first_token), barrier);
-        load_box(stage + kTokens * 128, x_map, k + 64, static_cast<int>(tile.first_token), barrier);
-        load_box(stage + Forward::kCodesAt<kTokens>, code_map, k / 2, static_cast<int>(tile.first_column), barrier);
-    }
-    // A thread provides the scales of one row of out, of both halves.
-    __device__ RawScale fetch(int step, int half) const {
-        const int64_t k = int64_t(tile.step_begin + step) * Forward::kStep + half * 64;
-        return reader.fetch(scale_row + (k >> linear.weight.block_shift), scale_row >= 0 && k < linear.in_features);
-    }
-    static __device__ int scale_index(int half) { return half * 128 + (threadIdx.x & 127); }
-};
-
-template <Dtype kDtype, int kTokens>
 struct ForwardConsumer : Consumer<Forward, kTokens> {
     using Base = Consumer<Forward, kTokens>;
     using Base::Base;
@@ -142,8 +106,10 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
         give_registers<kProducerRegisters>();
         fill_map(map, linear.weight, threadIdx.x - kConsumerThreads, kProducerThreads);
         sync_part<1, kProducerThreads>();
-        Part<kDtype, kTokens> part(x_map, code_map, linear, map, tile);
-        Producer<Forward, kTokens, Part<kDtype, kTokens>> producer{part, barriers, shared + kStagesOffsetSm90};
+        const ScaleReader reader(linear.weight, map, kExact<kTokens> ? 1.0f : pair16_unscale<kDtype>());
+        const ForwardBoxes<kTokens> boxes(linear, tile, threadIdx.x - kConsumerThreads);
+        Producer<Forward, kTokens, ForwardBoxes<kTokens>> producer{boxes,    reader,   x_map,
+                                                                   code_map, barriers, shared + kStagesOffsetSm90};
         produce<kStages>(tile.steps, producer);
         return;
     }

@@ -40,31 +40,36 @@ struct Barriers {
     }
 };
 
-// `Part` says what one step is: copy(stage, step, barrier) by one thread, kCopyBytes, and the two scales of a thread.
-template <class Shape, int kTokens, class Part>
+template <class Shape, int kTokens, class Boxes>
 struct Producer {
     static constexpr int kStages = kStagesOf<Shape, kTokens>;
 
-    Part& part;
+    const Boxes& boxes;
+    const ScaleReader& reader;
+    const CUtensorMap& x_map;
+    const CUtensorMap& code_map;
     Barriers<kStages> barriers;
     unsigned char* stages;
     RawScale raw[kScaleLead][2];
 
     __device__ void wait_empty(int slot, uint32_t parity) { wait_phase(barriers.empty(slot), parity); }
     __device__ void fetch_scales(int lead, int step) {
-        raw[lead][0] = part.fetch(step, 0);
-        raw[lead][1] = part.fetch(step, 1);
+        raw[lead][0] = reader.fetch(boxes.scale(step, 0));
+        raw[lead][1] = reader.fetch(boxes.scale(step, 1));
     }
     __device__ void fill(int slot, int step, int lead) {
         unsigned char* stage = stages + slot * Shape::template kBytes<kTokens>;
         const uint32_t barrier = barriers.full(slot);
         if (threadIdx.x == kConsumerThreads) {
-            arrive_expecting(barrier, Part::kCopyBytes);
-            part.copy(shared_address(stage), step, barrier);
+            arrive_expecting(barrier, Boxes::kCopyBytes);
+            boxes.copy(step, [&](Operand operand, int to, int column, int row) {
+                load_box(shared_address(stage) + to, operand == Operand::kTokens ? x_map : code_map, column, row,
+                         barrier);
+            });
         }
         float* scales = reinterpret_cast<float*>(stage + Shape::template kScalesAt<kTokens>);
-        scales[Part::scale_index(0)] = part.reader.decode(raw[lead][0]);
-        scales[Part::scale_index(1)] = part.reader.decode(raw[lead][1]);
+        scales[boxes.place(0)] = reader.decode(raw[lead][0]);
+        scales[boxes.place(1)] = reader.decode(raw[lead][1]);
         arrive(barrier);
     }
 };
