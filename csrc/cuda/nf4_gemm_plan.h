@@ -8,7 +8,6 @@ namespace peftkern {
 
 struct GemmPlan {
     int tokens;       // of a tile
-    int stages;       // of the cp.async kernels; the TMA kernels know theirs
     int slices;       // of the contraction
     int slice_steps;  // steps of 128 of in (forward) or 64 of out (dX) in a slice
 };
@@ -25,7 +24,7 @@ constexpr int64_t kSecondStageClocks = 3500;
 constexpr int64_t kSecondStageBytes = 2900;
 
 inline GemmPlan plan_slices(int tokens, int64_t rows, int64_t columns, int64_t tile_columns, int64_t total_steps) {
-    GemmPlan best{tokens, 0, 1, static_cast<int>(total_steps)};
+    GemmPlan best{tokens, 1, static_cast<int>(total_steps)};
     int64_t best_clocks = INT64_MAX;
     const int64_t tiles = (rows + tokens - 1) / tokens * ((columns + tile_columns - 1) / tile_columns);
     const int64_t step_clocks = tokens * kTokenClocks > kStepClocks ? tokens * kTokenClocks : kStepClocks;
