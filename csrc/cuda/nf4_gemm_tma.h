@@ -91,7 +91,7 @@ struct Consumer {
           table(shared),
           stages(shared + kStagesOffsetSm90),
           first_descriptor(token_descriptor(shared_address(stages))),
-          lane(threadIdx.x & 31),
+          lane(__shfl_sync(0xffffffffu, threadIdx.x & 31, threadIdx.x & 31)),
           warp(__shfl_sync(0xffffffffu, threadIdx.x >> 5, 0)) {}
 
     __device__ void wait_full(int slot, uint32_t parity) { wait_phase(barriers.full(slot), parity); }
@@ -99,9 +99,10 @@ struct Consumer {
         __syncwarp();
         if (lane == 0) arrive(barriers.empty(slot));
     }
-    // Of `bytes` into a stage; the address field counts 16 bytes.
+    // Of `bytes`, a multiple of 16, into a stage: only the address in the low half changes, and cannot overflow.
     __device__ uint64_t descriptor(int slot, int bytes) const {
-        return first_descriptor + ((slot * kStageBytes + bytes) >> 4);
+        const uint32_t low = static_cast<uint32_t>(first_descriptor) + slot * (kStageBytes / 16) + bytes / 16;
+        return first_descriptor >> 32 << 32 | low;
     }
 };
 
