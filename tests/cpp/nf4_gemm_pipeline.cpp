@@ -25,9 +25,9 @@ using Trace = std::vector<Record>;
 
 struct Recorder {
     int stages, steps;
-    Trace trace;
-    int decoded[2] = {}, multiplied[2] = {}, promoted[2] = {}, fetched[kScaleLead];
-    std::deque<int> in_flight;  // slots that uncommitted waits still read
+    Trace trace = {};
+    int decoded[2] = {}, multiplied[2] = {}, promoted[2] = {}, fetched[kScaleLead] = {};
+    std::deque<int> in_flight = {};  // slots that uncommitted waits still read
 
     void wait_full(int slot, uint32_t parity) { trace.push_back({Event::kWaitFull, slot, int(parity)}); }
     void release(int slot) {
