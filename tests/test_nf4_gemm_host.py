@@ -45,4 +45,4 @@ def test_banks(tmp_path):
 
 def test_tiles(tmp_path):
     """Each output and each step of it has one place in a plan, whatever the shape."""
-    assert run("nf4_gemm_tiles", tmp_path, "-O1") == "4096 columns: 4 slices of 8 steps; 14336: 1\n"
+    assert run("nf4_gemm_tiles", tmp_path, "-O1") == "4096 rows of weight: 4 slices of 8 steps; 14336: 1\n"

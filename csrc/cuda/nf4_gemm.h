@@ -14,10 +14,19 @@ struct CudaGemm {
 };
 
 extern "C" {
-int peftkern_cuda_nf4_gemm_sm80(const CudaGemm* gemm, void* stream);
-int peftkern_cuda_nf4_gemm_sm90(const CudaGemm* gemm, void* stream);
-int peftkern_cuda_nf4_gemm_backward_sm80(const CudaGemm* gemm, void* stream);
-int peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, void* stream);
+int peftkern_cuda_nf4_gemm_sm80(const CudaGemm* gemm, const DeviceTraits* traits, int device, void* stream);
+int peftkern_cuda_nf4_gemm_sm90(const CudaGemm* gemm, int device, void* stream);
+int peftkern_cuda_nf4_gemm_backward_sm80(const CudaGemm* gemm, const DeviceTraits* traits, int device, void* stream);
+int peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, int device, void* stream);
+}
+
+// By the kernels of the device that gemm.plan was made for.
+inline int launch_gemm(const CudaGemm& gemm, bool backward, const DeviceTraits& traits, int device, void* stream) {
+    if (has_wgmma(traits))
+        return backward ? peftkern_cuda_nf4_gemm_backward_sm90(&gemm, device, stream)
+                        : peftkern_cuda_nf4_gemm_sm90(&gemm, device, stream);
+    return backward ? peftkern_cuda_nf4_gemm_backward_sm80(&gemm, &traits, device, stream)
+                    : peftkern_cuda_nf4_gemm_sm80(&gemm, &traits, device, stream);
 }
 
 }  // namespace peftkern

@@ -109,27 +109,28 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
 }
 
 template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, void* stream) {
+int launch_tokens(const CudaGemm& gemm, int device, void* stream) {
     static_assert(kSharedBytes<Backward, kTokens> <= 227 * 1024);
     const CudaLinear& linear = gemm.linear;
     CUtensorMap x_map, code_map;
     if (const int error = encode_tokens(&x_map, linear, linear.out_features, kTokens)) return error;
     if (const int error = encode_codes(&code_map, linear, Backward::kStep, Backward::kTile / 2)) return error;
     return launch_tiles<nf4_gemm_backward_sm90<kDtype, kTokens>>(gemm, linear.in_features, Backward::kTile,
-                                                                 kThreadsSm90, kSharedBytes<Backward, kTokens>, stream,
-                                                                 x_map, code_map, gemm);
+                                                                 kThreadsSm90, kSharedBytes<Backward, kTokens>, device,
+                                                                 stream, x_map, code_map, gemm);
 }
 
 template <Dtype kDtype>
-int launch_dtype(const CudaGemm& gemm, void* stream) {
-    return for_tile<16, 32, 64, 128>(
-        gemm.plan.tokens, [&](auto tokens) { return launch_tokens<kDtype, decltype(tokens)::value>(gemm, stream); });
+int launch_dtype(const CudaGemm& gemm, int device, void* stream) {
+    return for_tile<16, 32, 64, 128>(gemm.plan.tokens, [&](auto tokens) {
+        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, device, stream);
+    });
 }
 
 }  // namespace
 }  // namespace peftkern
 
-extern "C" int peftkern::peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, void* stream) {
-    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, stream)
-                                                  : launch_dtype<Dtype::kFloat16>(*gemm, stream);
+extern "C" int peftkern::peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, int device, void* stream) {
+    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, device, stream)
+                                                  : launch_dtype<Dtype::kFloat16>(*gemm, device, stream);
 }

@@ -11,11 +11,9 @@ namespace peftkern {
 
 // `kernel` over a plan's tiles and slices of a result of `columns`, then the sum of the slices.
 template <auto kernel, class... Arguments>
-int launch_tiles(const CudaGemm& gemm, int64_t columns, int tile_columns, int threads, int shared_bytes, void* stream,
-                 Arguments&&... arguments) {
+int launch_tiles(const CudaGemm& gemm, int64_t columns, int tile_columns, int threads, int shared_bytes, int device,
+                 void* stream, Arguments&&... arguments) {
     const CudaLinear& linear = gemm.linear;
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetLastError(), error;
     if (const cudaError_t error = opt_in_shared<kernel>(device, shared_bytes)) return error;
     const int64_t tiles = ceil_divide(linear.rows, gemm.plan.tokens) * ceil_divide(columns, tile_columns);
     if (tiles > kMostBlocks || linear.splits != gemm.plan.slices) return cudaErrorInvalidValue;
@@ -29,16 +27,11 @@ int launch_tiles(const CudaGemm& gemm, int64_t columns, int tile_columns, int th
     return peftkern_cuda_split_sum(&sum, stream);
 }
 
-// The deepest ring of the cp.async kernels that the current device's shared memory holds.
+// The deepest ring of the cp.async kernels that a block's shared memory holds.
 constexpr int kMostStagesSm80 = 4;
-inline int stages_that_fit(int stage_bytes, int* stages) {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetLastError(), error;
-    DeviceTraits traits;
-    if (const int error = peftkern_cuda_traits(device, &traits)) return error;
+inline int stages_that_fit(const DeviceTraits& traits, int stage_bytes) {
     const int fitting = (traits.shared_bytes - kStagesOffsetSm80) / stage_bytes;
-    *stages = fitting < kMostStagesSm80 ? fitting : kMostStagesSm80;
-    return fitting < 2 ? cudaErrorInvalidConfiguration : cudaSuccess;
+    return fitting < kMostStagesSm80 ? fitting : kMostStagesSm80;
 }
 
 // Calls tile<kTokens>() for the plan's tile, one of `kTiles`.

@@ -125,24 +125,26 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm 
 }
 
 template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, void* stream) {
-    int stages = 0;
-    if (const int error = stages_that_fit(Forward::kBytes<kTokens>, &stages)) return error;
+int launch_tokens(const CudaGemm& gemm, const DeviceTraits& traits, int device, void* stream) {
+    const int stages = stages_that_fit(traits, Forward::kBytes<kTokens>);
+    if (stages < 2) return cudaErrorInvalidConfiguration;
     const int bytes = kStagesOffsetSm80 + stages * Forward::kBytes<kTokens>;
     return launch_tiles<nf4_gemm_sm80<kDtype, kTokens>>(gemm, gemm.linear.out_features, Forward::kTile, kThreadsSm80,
-                                                        bytes, stream, gemm, stages);
+                                                        bytes, device, stream, gemm, stages);
 }
 
 template <Dtype kDtype>
-int launch_dtype(const CudaGemm& gemm, void* stream) {
-    return for_tile<16, 32, 64>(
-        gemm.plan.tokens, [&](auto tokens) { return launch_tokens<kDtype, decltype(tokens)::value>(gemm, stream); });
+int launch_dtype(const CudaGemm& gemm, const DeviceTraits& traits, int device, void* stream) {
+    return for_tile<16, 32, 64>(gemm.plan.tokens, [&](auto tokens) {
+        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, traits, device, stream);
+    });
 }
 
 }  // namespace
 }  // namespace peftkern
 
-extern "C" int peftkern::peftkern_cuda_nf4_gemm_sm80(const CudaGemm* gemm, void* stream) {
-    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, stream)
-                                                  : launch_dtype<Dtype::kFloat16>(*gemm, stream);
+extern "C" int peftkern::peftkern_cuda_nf4_gemm_sm80(const CudaGemm* gemm, const DeviceTraits* traits, int device,
+                                                     void* stream) {
+    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, *traits, device, stream)
+                                                  : launch_dtype<Dtype::kFloat16>(*gemm, *traits, device, stream);
 }

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
 }
 
 template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, void* stream) {
+int launch_tokens(const CudaGemm& gemm, int device, void* stream) {
     static_assert(kSharedBytes<Forward, kTokens> <= 227 * 1024);
     static_assert(kTokens * kRowPitch * 4 <= kSharedBytes<Forward, kTokens>);
     const CudaLinear& linear = gemm.linear;
@@ -157,19 +157,21 @@ int launch_tokens(const CudaGemm& gemm, void* stream) {
     if (const int error = encode_tokens(&x_map, linear, linear.in_features, kTokens)) return error;
     if (const int error = encode_codes(&code_map, linear, Forward::kTile, Forward::kStep / 2)) return error;
     return launch_tiles<nf4_gemm_sm90<kDtype, kTokens>>(gemm, linear.out_features, Forward::kTile, kThreadsSm90,
-                                                        kSharedBytes<Forward, kTokens>, stream, x_map, code_map, gemm);
+                                                        kSharedBytes<Forward, kTokens>, device, stream, x_map, code_map,
+                                                        gemm);
 }
 
 template <Dtype kDtype>
-int launch_dtype(const CudaGemm& gemm, void* stream) {
-    return for_tile<16, 32, 64, 128, 256>(
-        gemm.plan.tokens, [&](auto tokens) { return launch_tokens<kDtype, decltype(tokens)::value>(gemm, stream); });
+int launch_dtype(const CudaGemm& gemm, int device, void* stream) {
+    return for_tile<16, 32, 64, 128, 256>(gemm.plan.tokens, [&](auto tokens) {
+        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, device, stream);
+    });
 }
 
 }  // namespace
 }  // namespace peftkern
 
-extern "C" int peftkern::peftkern_cuda_nf4_gemm_sm90(const CudaGemm* gemm, void* stream) {
-    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, stream)
-                                                  : launch_dtype<Dtype::kFloat16>(*gemm, stream);
+extern "C" int peftkern::peftkern_cuda_nf4_gemm_sm90(const CudaGemm* gemm, int device, void* stream) {
+    return gemm->linear.dtype == Dtype::kBFloat16 ? launch_dtype<Dtype::kBFloat16>(*gemm, device, stream)
+                                                  : launch_dtype<Dtype::kFloat16>(*gemm, device, stream);
 }

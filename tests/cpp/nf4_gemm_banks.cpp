@@ -50,7 +50,8 @@ void check_kernels() {
             for (int row = 0; row < Forward::kTile; row += 8)
                 check("codes, mma.sync", 8, [&](int lane) { return sm80_code_address(row + (lane >> 2), half, lane); });
             for (int part = 0; part < 2; ++part) {
-                check("codes, wgmma", 16, [&](int lane) { return sm90_code_address(sm90_row(warp, lane), half, part); });
+                check("codes, wgmma", 16,
+                      [&](int lane) { return sm90_code_address(sm90_row(warp, lane), half, part); });
                 check_quads("codes of quads, wgmma", warp, half, part);
                 for (int column = 0; column < kTokens / 8; ++column)
                     check("tokens, mma.sync", 16,

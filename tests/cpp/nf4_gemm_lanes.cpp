@@ -1,4 +1,5 @@
-// The four GEMM kernels, lane by lane: their loaders, addresses, decoders and maps, on the instructions of tensor_core.h.
+// The four GEMM kernels, lane by lane: their loaders, addresses, decoders and maps, on the instructions of
+// tensor_core.h.
 #include "nf4_gemm_replay.h"
 
 namespace peftkern {
@@ -89,8 +90,8 @@ void forward_sm80(ProblemType& problem, const GemmPlan& plan) {
                         for (int lane = 0; lane < 32; ++lane)
                             for (int i = 0; i < 4; ++i) {
                                 const int row = first_row + row_tile * 16 + accumulator_row(lane, i);
-                                const float scale = read_at<float>(stage + Forward::kScalesAt<kTokens> +
-                                                                   (half * 128 + row) * 4);
+                                const float scale =
+                                    read_at<float>(stage + Forward::kScalesAt<kTokens> + (half * 128 + row) * 4);
                                 const int token = column * 8 + accumulator_token(lane, i);
                                 result[half * kTokens * kRowPitch + tile_index(token, row)] += scale * block[lane][i];
                             }
@@ -214,7 +215,8 @@ void backward(ProblemType& problem, const GemmPlan& plan) {
                                 for (int lane = 0; lane < 32; ++lane) memcpy(b[lane], &tokens[lane][2 * k16], 8);
                                 mma(d, fragments[k16][row_tile], b, problem.dtype);
                                 for (int lane = 0; lane < 32; ++lane)
-                                    for (int i = 0; i < 4; ++i) sums[warp][row_tile][lane][column * 4 + i] += d[lane][i];
+                                    for (int i = 0; i < 4; ++i)
+                                        sums[warp][row_tile][lane][column * 4 + i] += d[lane][i];
                             }
                         }
                 }
@@ -236,8 +238,11 @@ void check(const char* name, int tokens, bool is_backward, bool exact, Kernel&& 
     const struct {
         int64_t rows, out, in;
         int block_shift, slice_steps;
-    } shapes[] = {{tokens, 128, 128, 6, 1}, {tokens - 3, 136, 64, 6, 2}, {tokens + 1, 40, 448, 6, 2},
-                  {1, 264, 384, 7, 1},      {tokens / 2, 72, 512, 8, 3}};
+    } shapes[] = {{tokens, 128, 128, 6, 1},
+                  {tokens - 3, 136, 64, 6, 2},
+                  {tokens + 1, 40, 448, 6, 2},
+                  {1, 264, 384, 7, 1},
+                  {tokens / 2, 72, 512, 8, 3}};
     for (const auto& shape : shapes) {
         Problem<Dtype::kBFloat16> problem(shape.rows, shape.out, shape.in, shape.block_shift, is_backward, exact);
         const int64_t total = steps_of(problem.depth(), is_backward ? Backward::kStep : Forward::kStep);

@@ -1,6 +1,6 @@
-// The wgmma kernels' ring of stages: the kernels' own loops are recorded, and every interleaving of the producer, TMA and
-// two consumers is searched for a deadlock, a read of what is not there and a write over what is still read. The other six
-// consumers run the same loop.
+// The wgmma kernels' ring of stages: the kernels' own loops are recorded, and every interleaving of the producer, TMA
+// and two consumers is searched for a deadlock, a read of what is not there and a write over what is still read. The
+// other six consumers run the same loop.
 #include "cuda/nf4_gemm_schedule.h"
 
 #include <cstdio>
@@ -127,7 +127,8 @@ size_t search(const Trace& producer, const Trace& consumer, int stages, int step
                     fail("read a stage that does not hold the step", stages, steps);
                 move(next);
             } else {
-                if (++next.arrived[record.slot] == kConsumers) next.arrived[record.slot] = 0, next.empty[record.slot] ^= 1;
+                if (++next.arrived[record.slot] == kConsumers)
+                    next.arrived[record.slot] = 0, next.empty[record.slot] ^= 1;
                 move(next);
             }
         }

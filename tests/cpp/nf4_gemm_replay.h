@@ -61,8 +61,7 @@ struct Problem {
     bool right(int slices) const {
         std::vector<double> dense(linear.out_features * linear.in_features);
         for (int64_t out = 0; out < linear.out_features; ++out)
-            for (int64_t in = 0; in < linear.in_features; ++in)
-                dense[out * linear.in_features + in] = weight(out, in);
+            for (int64_t in = 0; in < linear.in_features; ++in) dense[out * linear.in_features + in] = weight(out, in);
         for (int64_t row = 0; row < linear.rows; ++row)
             for (int64_t column = 0; column < columns(); ++column) {
                 double sum = 0;
@@ -71,8 +70,8 @@ struct Problem {
                            (backward ? dense[k * linear.in_features + column] : dense[column * depth() + k]);
                 const int64_t at = row * columns() + column;
                 if (y[at] != sum || writes[at] != slices) {
-                    printf("row %ld column %ld: %.17g, wanted %.17g; written %d times\n", long(row), long(column), y[at],
-                           sum, writes[at]);
+                    printf("row %ld column %ld: %.17g, wanted %.17g; written %d times\n", long(row), long(column),
+                           y[at], sum, writes[at]);
                     return false;
                 }
             }

@@ -14,13 +14,24 @@ void fail(const char* what, int64_t rows, int64_t columns, int64_t depth, int to
     ++failures;
 }
 
+DeviceTraits device_of(int compute_capability, int shared_bytes) {
+    DeviceTraits device{};
+    device.compute_capability = compute_capability, device.shared_bytes = shared_bytes;
+    return device;
+}
+const DeviceTraits kDevices[] = {device_of(80, 163 << 10), device_of(89, 99 << 10), device_of(90, 227 << 10)};
+
 template <class Shape>
-void check(int64_t rows, int64_t columns, int64_t depth, int largest) {
-    const int tokens = token_tile(rows, largest);
-    if (tokens < 16 || tokens > largest || (tokens < rows && tokens != largest) || (tokens > 16 && tokens / 2 >= rows))
+void check(const DeviceTraits& device, bool backward, int64_t rows, int64_t columns, int64_t depth) {
+    const GemmPlan plan =
+        backward ? gemm_plan(device, true, rows, depth, columns) : gemm_plan(device, false, rows, columns, depth);
+    const int tokens = plan.tokens;
+    const int largest = has_wgmma(device)                              ? (backward ? 128 : 256)
+                        : device.compute_capability == 89 && !backward ? 32
+                                                                       : 64;
+    if (tokens > largest || tokens % 16 || (rows <= 16 && tokens != 16) || (rows == largest && tokens != largest))
         fail("tile of tokens", rows, columns, depth, tokens);
     const int64_t total = steps_of(depth, Shape::kStep);
-    const GemmPlan plan = plan_slices(tokens, rows, columns, Shape::kTile, total);
     if (plan.slices < 1 || plan.slices > kMostSlices || (plan.slices > 1 && plan.slice_steps < kFewestSliceSteps))
         fail("slices", rows, columns, depth, tokens);
 
@@ -30,7 +41,8 @@ void check(int64_t rows, int64_t columns, int64_t depth, int largest) {
         for (int64_t block = 0; block < token_tiles * column_tiles; ++block) {
             const Tile tile = tile_of(block, slice, tokens, Shape::kTile, token_tiles, int(total), plan.slice_steps);
             if (tile.steps < 1) fail("empty slice", rows, columns, depth, tokens);
-            if (tile.first_token >= rows || tile.first_column >= columns) fail("empty tile", rows, columns, depth, tokens);
+            if (tile.first_token >= rows || tile.first_column >= columns)
+                fail("empty tile", rows, columns, depth, tokens);
             const int64_t at = tile.first_token / tokens * column_tiles + tile.first_column / Shape::kTile;
             if (tile.first_token % tokens || tile.first_column % Shape::kTile)
                 fail("crooked tile", rows, columns, depth, tokens);
@@ -47,11 +59,14 @@ int main() {
     for (int64_t rows : {1, 9, 15, 16, 17, 31, 33, 64, 65, 100, 127, 129, 255, 256, 257, 300, 512, 513})
         for (int64_t columns : {8, 64, 120, 128, 136, 1000, 1024, 4096, 5120, 11008, 14336})
             for (int64_t depth : {64, 128, 192, 448, 512, 1088, 4096, 4160, 11008}) {
-                for (int largest : {32, 64, 256}) check<Forward>(rows, columns, depth, largest);
-                for (int largest : {32, 64, 128}) check<Backward>(rows, columns, depth, largest);
+                for (const DeviceTraits& device : kDevices) {
+                    check<Forward>(device, false, rows, columns, depth);
+                    check<Backward>(device, true, rows, columns, depth);
+                }
             }
-    // The plan's model: a matrix of few tiles is sliced, one that fills the device is not.
-    const GemmPlan few = plan_slices(64, 64, 4096, 128, 32), many = plan_slices(64, 64, 14336, 128, 32);
-    printf("4096 columns: %d slices of %d steps; 14336: %d\n", few.slices, few.slice_steps, many.slices);
+    // A matrix of few tiles is sliced, one that fills the device is not.
+    const GemmPlan few = gemm_plan(kDevices[2], false, 64, 4096, 4096);
+    const GemmPlan many = gemm_plan(kDevices[2], false, 64, 14336, 4096);
+    printf("4096 rows of weight: %d slices of %d steps; 14336: %d\n", few.slices, few.slice_steps, many.slices);
     return failures != 0 || few.slices != 4 || many.slices != 1;
 }

@@ -46,8 +46,7 @@ inline void mma(double (&d)[32][4], const Fragments& a_registers, const uint32_t
                 columns[lane / 4][lane % 4 * 2 + i * 8 + h] = half_value(b[lane][i] >> 16 * h, dtype);
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i)
-            for (int k = 0; k < 16; ++k)
-                d[lane][i] += a[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
+            for (int k = 0; k < 16; ++k) d[lane][i] += a[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
 }
 
 // Element (token, k) of wgmma's K-major B in the 128-byte swizzle: 8-token groups lie a stride apart, and the hardware
@@ -78,8 +77,8 @@ inline void wgmma(std::vector<double> (&d)[32], const Fragments& a_registers, co
         }
 }
 
-// ldmatrix.x4: matrix m's eight rows of 16 bytes are at the addresses of lanes 8m .. 8m+7; a lane gets elements (g, 2t),
-// (g, 2t+1) of each matrix, or of its transpose.
+// ldmatrix.x4: matrix m's eight rows of 16 bytes are at the addresses of lanes 8m .. 8m+7; a lane gets elements (g,
+// 2t), (g, 2t+1) of each matrix, or of its transpose.
 inline void load_matrices(Fragments& words, const unsigned char* shared, const int (&addresses)[32], bool transposed) {
     for (int lane = 0; lane < 32; ++lane)
         for (int m = 0; m < 4; ++m) {
