@@ -14,6 +14,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/nf4_decode_maps.h"
+#include "cuda/nf4_gemm_plan.h"
 
 namespace peftkern {
 
@@ -50,11 +51,6 @@ inline double gemm_share(int compute_capability) {
     return compute_capability > 90 ? 0.5 : 0.65;
 }
 
-// Tokens of the largest tile: wgmma takes 256, mma.sync 64.
-inline int64_t gemm_tokens(int compute_capability) {
-    return compute_capability == 90 ? 256 : 64;
-}
-
 struct DeviceRates {
     double bytes, flops, sm_clocks;  // a second
 };
@@ -73,7 +69,7 @@ inline bool fused_takes(const LinearCall& call) {
     constexpr int64_t kMostFeatures = int64_t{1} << 26;
     return call.dtype != Dtype::kFloat32 && call.block_size >= 64 && call.in_features % 64 == 0 &&
            call.in_features % call.block_size == 0 && call.in_features > 0 && call.in_features <= kMostFeatures &&
-           (!call.backward || call.out_features % 8 == 0);
+           (!call.backward || (call.out_features % 8 == 0 && call.out_features > 0));
 }
 
 inline LinearKernel choose_kernel(const LinearCall& call, const DeviceTraits& device) {
@@ -87,15 +83,10 @@ inline LinearKernel choose_kernel(const LinearCall& call, const DeviceTraits& de
     const double flops = 2.0 * weights * static_cast<double>(call.rows);
     const auto larger = [](double a, double b) { return a > b ? a : b; };
 
-    // SM clocks of 1024 weights against one tile of tokens: the tensor cores' or shared memory's, which serves x and
-    // the table; exact pairs, for many tokens and in dX, are twice as large.
-    const int64_t most_tokens = gemm_tokens(device.compute_capability);
-    int64_t tokens = 16;
-    while (tokens < call.rows && tokens < most_tokens) tokens *= 2;
-    const double table_clocks = tokens >= 128 || call.backward ? 37 : 21;
-    const double tile_clocks = larger(static_cast<double>(tokens) / 2, static_cast<double>(tokens) / 4 + table_clocks);
-    const double tiles = static_cast<double>((call.rows + tokens - 1) / tokens);
-    const double look_up = tiles * weights * tile_clocks / 1024 / rates.sm_clocks;
+    // Every tile of tokens looks all codes up again.
+    const TokenTile tile = token_tile(device, call.backward, call.rows);
+    const double clocks = static_cast<double>(steps_of(call.rows, tile.tokens) * tile.clocks);
+    const double look_up = weights * clocks / 1024 / rates.sm_clocks;
     const double read = code_bytes / (kFusedReadShare * rates.bytes);
     const double multiply = flops / (gemm_share(device.compute_capability) * rates.flops);
     const double fused = larger(read, larger(multiply, look_up));

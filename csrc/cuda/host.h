@@ -113,7 +113,8 @@ struct XRows {
         columns = all.size(all.dim() - 1);
         for (int64_t i = 0; i + 1 < all.dim(); ++i) rows *= all.size(i);
         tensor = torch::stable::reshape(all, {rows, columns});
-        const bool readable = (columns <= 1 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0;
+        const bool readable = (columns <= 1 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0 &&
+                              tensor.stride(0) >= columns;  // TMA takes no rows that overlap
         if (!readable || !is_aligned(tensor)) tensor = aligned(tensor);
         stride = tensor.stride(0);
     }

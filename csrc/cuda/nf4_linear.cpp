@@ -4,6 +4,7 @@
 #include "cuda/dense.h"
 #include "cuda/dispatch.h"
 #include "cuda/host.h"
+#include "cuda/nf4_gemm.h"
 
 namespace peftkern {
 namespace {
@@ -27,6 +28,37 @@ void decode(const char* op, const OnDevice& device, const DeviceTraits& traits, 
     check_cuda(op, peftkern_cuda_nf4_linear_decode(&task, &plan, device.index(), device.stream()));
 }
 
+// The GEMM kernels come with every device that the build serves.
+bool has_gemm(const DeviceTraits& traits) {
+    return traits.compute_capability >= 80;
+}
+
+CudaLinear linear_task(const XRows& rows, const Nf4Weight& weight, int64_t out_features, int64_t in_features,
+                       Tensor& y) {
+    CudaLinear task = {};
+    task.x = rows.tensor.const_data_ptr();
+    task.x_stride = rows.stride;
+    task.rows = rows.rows;
+    task.in_features = in_features;
+    task.out_features = out_features;
+    task.dtype = rows.dtype;
+    task.weight = weight.view;
+    task.y = y.mutable_data_ptr();
+    return task;
+}
+
+void gemm(const char* op, const OnDevice& device, const DeviceTraits& traits, bool backward, const CudaLinear& task,
+          const Tensor& y) {
+    CudaGemm gemm = {task, gemm_plan(traits, backward, task.rows, task.out_features, task.in_features)};
+    gemm.linear.splits = gemm.plan.slices;
+    Tensor partials;
+    if (gemm.plan.slices > 1) {
+        partials = torch::stable::new_empty(y, {gemm.plan.slices, y.numel()}, ScalarType::Float);
+        gemm.linear.partials = partials.mutable_data_ptr<float>();
+    }
+    check_cuda(op, launch_gemm(gemm, backward, traits, device.index(), device.stream()));
+}
+
 Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                   const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
                   int64_t out_features, const OptionalTensor& bias) {
@@ -40,9 +72,10 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
     if (bias.has_value()) wide_bias = matching(op, "bias", *bias, bias->scalar_type(), out_features, codes);
 
     const DeviceTraits traits = device.traits();
-    const LinearCall call{rows.rows, out_features, rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
-                          false,     false};
-    if (choose_kernel(call, traits) == LinearKernel::kDense) {
+    const LinearCall call{rows.rows, out_features,    rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
+                          false,     has_gemm(traits)};
+    const LinearKernel kernel = choose_kernel(call, traits);
+    if (kernel == LinearKernel::kDense) {
         const Tensor dense = dequantized(op, device, weight, x, rows.dtype, out_features, rows.columns);
         Tensor y = torch::stable::new_empty(x, {rows.rows, out_features}, x.scalar_type());
         if (bias.has_value())
@@ -52,20 +85,15 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
         return torch::stable::reshape(y, sizes_with_columns(x, out_features));
     }
     Tensor y = torch::stable::new_empty(x, sizes_with_columns(x, out_features), x.scalar_type());
-    CudaLinear task = {};
-    task.x = rows.tensor.const_data_ptr();
-    task.x_stride = rows.stride;
-    task.rows = rows.rows;
-    task.in_features = rows.columns;
-    task.out_features = out_features;
-    task.dtype = rows.dtype;
-    task.weight = weight.view;
-    task.y = y.mutable_data_ptr();
+    CudaLinear task = linear_task(rows, weight, out_features, rows.columns, y);
     if (bias.has_value()) {
         task.epilogue.bias = wide_bias.const_data_ptr();
         task.epilogue.bias_dtype = element_dtype(op, "bias", wide_bias.scalar_type());
     }
-    decode(op, device, traits, task, y);
+    if (kernel == LinearKernel::kDecode)
+        decode(op, device, traits, task, y);
+    else
+        gemm(op, device, traits, false, task, y);
     return y;
 }
 
@@ -78,6 +106,14 @@ Tensor nf4_linear_backward(const Tensor& grad_y, const Tensor& codes, const Tens
     const XRows rows(op, "grad_y", grad_y);
     const Nf4Weight weight(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size,
                            rows.columns * in_features);
+    const DeviceTraits traits = device.traits();
+    const LinearCall call{rows.rows, rows.columns,    in_features, rows.dtype, block_size, nested_absmax.has_value(),
+                          true,      has_gemm(traits)};
+    if (choose_kernel(call, traits) == LinearKernel::kGemm) {
+        Tensor grad_x = torch::stable::new_empty(grad_y, sizes_with_columns(grad_y, in_features), grad_y.scalar_type());
+        gemm(op, device, traits, true, linear_task(rows, weight, rows.columns, in_features, grad_x), grad_x);
+        return grad_x;
+    }
     const Tensor dense = dequantized(op, device, weight, grad_y, rows.dtype, rows.columns, in_features);
     Tensor grad_x = torch::stable::new_empty(grad_y, {rows.rows, in_features}, grad_y.scalar_type());
     matmul_into(grad_x, rows.tensor, dense);
