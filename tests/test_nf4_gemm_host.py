@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,36 @@ def test_banks(tmp_path):
 def test_tiles(tmp_path):
     """Each output and each step of it has one place in a plan, whatever the shape."""
     assert run("nf4_gemm_tiles", tmp_path, "-O1") == "4096 rows of weight: 4 slices of 8 steps; 14336: 1\n"
+
+
+KERNELS = (
+    "nf4_gemm_sm80",
+    "nf4_gemm_backward_sm80",
+    "nf4_gemm_sm90",
+    "nf4_gemm_backward_sm90",
+    "tensor_map",
+    "split_sum",
+)
+
+
+def test_kernels(tmp_path):
+    """The kernels' own source and launchers on the emulated device, where copies and products happen as late as they may."""
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    includes = ["-Itests/cpp/emulation", "-Icsrc", "-Itests/cpp", "-include", "cuda_runtime.h"]
+    sources = [*(f"csrc/cuda/{kernel}.cu" for kernel in KERNELS), "tests/cpp/nf4_gemm_kernels.cpp"]
+
+    def compiled(source: str) -> Path:
+        assert COMPILER
+        target = tmp_path / f"{Path(source).stem}.o"
+        subprocess.run(
+            [COMPILER, *flags, *includes, "-x", "c++", "-c", source, "-o", str(target)], cwd=ROOT, check=True
+        )
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    assert COMPILER
+    program = tmp_path / "kernels"
+    subprocess.run([COMPILER, *map(str, objects), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "17 kernels\n")

@@ -4,6 +4,7 @@
 #include "cuda/nf4_gemm_decode.h"
 #include "cuda/nf4_gemm_device.h"
 #include "cuda/nf4_gemm_launch.h"
+#include "cuda/ptx.h"
 
 namespace peftkern {
 namespace {
@@ -47,7 +48,7 @@ __device__ __forceinline__ void multiply_block(float (&sums)[2][kTokens / 8][4],
 
 template <Dtype kDtype, int kTokens>
 __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm gemm, const int stage_count) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    unsigned char* shared = dynamic_shared();
     float* map = reinterpret_cast<float*>(shared + kMapOffset);
     unsigned char* stages = shared + kStagesOffsetSm80;
     constexpr int kStageBytes = Forward::kBytes<kTokens>;

@@ -5,6 +5,7 @@
 #include "cuda/nf4_gemm_decode.h"
 #include "cuda/nf4_gemm_launch.h"
 #include "cuda/nf4_gemm_tma.h"
+#include "cuda/ptx.h"
 #include "cuda/tensor_map.h"
 
 namespace peftkern {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
                   const __grid_constant__ CudaGemm gemm) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const CudaLinear& linear = gemm.linear;
-    extern __shared__ __align__(1024) unsigned char shared[];
+    unsigned char* shared = dynamic_shared();
     constexpr int kStages = kStagesOf<Forward, kTokens>;
     float* map = reinterpret_cast<float*>(shared + kMapOffset);
     const Barriers<kStages> barriers{shared_address(shared + kBarrierOffset)};

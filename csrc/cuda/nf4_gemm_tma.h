@@ -50,7 +50,7 @@ struct Producer {
     const CUtensorMap& code_map;
     Barriers<kStages> barriers;
     unsigned char* stages;
-    RawScale raw[kScaleLead][2];
+    RawScale raw[kScaleLead][2] = {};
 
     __device__ void wait_empty(int slot, uint32_t parity) { wait_phase(barriers.empty(slot), parity); }
     __device__ void fetch_scales(int lead, int step) {

@@ -24,8 +24,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// On a boundary that TMA's and wgmma's swizzles count from.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
     return shared_bytes;
 }
 

@@ -57,21 +57,30 @@ struct Problem {
         ++writes[row * columns() + column];
     }
 
+    std::vector<double> dense() const {
+        std::vector<double> values(linear.out_features * linear.in_features);
+        for (int64_t out = 0; out < linear.out_features; ++out)
+            for (int64_t in = 0; in < linear.in_features; ++in) values[out * linear.in_features + in] = weight(out, in);
+        return values;
+    }
+    double sum(const std::vector<double>& dense, int64_t row, int64_t column) const {
+        double sum = 0;
+        for (int64_t k = 0; k < depth(); ++k)
+            sum += half_value(x[row * linear.x_stride + k], kDtype) *
+                   dense[backward ? k * linear.in_features + column : column * depth() + k];
+        return sum;
+    }
+
     // Every output is right, and was written once by every slice.
     bool right(int slices) const {
-        std::vector<double> dense(linear.out_features * linear.in_features);
-        for (int64_t out = 0; out < linear.out_features; ++out)
-            for (int64_t in = 0; in < linear.in_features; ++in) dense[out * linear.in_features + in] = weight(out, in);
+        const std::vector<double> weights = dense();
         for (int64_t row = 0; row < linear.rows; ++row)
             for (int64_t column = 0; column < columns(); ++column) {
-                double sum = 0;
-                for (int64_t k = 0; k < depth(); ++k)
-                    sum += half_value(x[row * linear.x_stride + k], kDtype) *
-                           (backward ? dense[k * linear.in_features + column] : dense[column * depth() + k]);
+                const double wanted = sum(weights, row, column);
                 const int64_t at = row * columns() + column;
-                if (y[at] != sum || writes[at] != slices) {
+                if (y[at] != wanted || writes[at] != slices) {
                     printf("row %ld column %ld: %.17g, wanted %.17g; written %d times\n", long(row), long(column),
-                           y[at], sum, writes[at]);
+                           y[at], wanted, writes[at]);
                     return false;
                 }
             }
