@@ -60,7 +60,7 @@ KERNELS = (
 
 
 def test_kernels(tmp_path):
-    """The kernels' own source and launchers on the emulated device, where copies and products happen as late as they may."""
+    """The kernels' own source and launchers on the emulated device; copies and products happen as late as they may."""
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     includes = ["-Itests/cpp/emulation", "-Icsrc", "-Itests/cpp", "-include", "cuda_runtime.h"]
     sources = [*(f"csrc/cuda/{kernel}.cu" for kernel in KERNELS), "tests/cpp/nf4_gemm_kernels.cpp"]

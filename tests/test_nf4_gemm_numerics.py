@@ -1,4 +1,4 @@
-"""The rounding points of the NF4 GEMMs, emulated: no further from the truth than a product with weights rounded once."""
+"""The rounding points of the NF4 GEMMs, emulated: as near the truth as a product with weights rounded once."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def parts(weight: NF4Weight) -> tuple[Tensor, Tensor]:
 
 
 def promoted(x: Tensor, codes: Tensor, scales: Tensor, slices: int) -> Tensor:
-    """x W^T as the kernels for few tokens make it: fp32 block products, scaled into fp32 sums, slices added in order."""
+    """x W^T as the kernels for few tokens make it: fp32 products of blocks, scaled into fp32 sums, slices in order."""
     table, scale = scaled_codebook(x.dtype)
     values = table[codes].view(*scales.shape, 64)
     factors = scales * torch.tensor(1 / scale)

@@ -7,8 +7,8 @@ from cuda_tools import Kernel, compile_kernels, cuobjdump, nvcc
 
 pytestmark = pytest.mark.skipif(not (nvcc() and cuobjdump()), reason="needs nvcc and cuobjdump")
 
-# Instructions per weight and thread in the main loop, by the tile's tokens: the tensor core's and the memory's time leave
-# room for about that many.
+# Instructions per weight and thread in the main loop, by the tile's tokens: the tensor core's and the memory's time
+# leave room for about that many.
 SM90_FORWARD = {16: 3.6, 32: 3.6, 64: 3.6, 128: 4.2, 256: 4.2}
 SM90_BACKWARD = {16: 4.2, 32: 4.2, 64: 4.2, 128: 4.2}
 SM80_FORWARD = {16: 4.2, 32: 4.8, 64: 6.6}
