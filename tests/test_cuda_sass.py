@@ -12,7 +12,10 @@ from peftkern._native import caps
 
 LIBRARY = Path(peftkern.__file__).parent / "_C.abi3.so"
 ARCHS = [arch for arch in caps.cuda_archs().split(",") if arch]
-KERNELS = ("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_linear_decode", "lora_down", "split_sum")
+KERNELS = (
+    *("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_linear_decode", "lora_down", "split_sum"),
+    *("nf4_gemm_sm80", "nf4_gemm_backward_sm80", "nf4_gemm_sm90", "nf4_gemm_backward_sm90"),
+)
 
 pytestmark = [
     pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels: no nvcc"),

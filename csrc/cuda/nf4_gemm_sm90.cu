@@ -101,6 +101,10 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
     const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Forward::kTile, steps_of(linear.rows, kTokens),
                               static_cast<int>(steps_of(linear.in_features, Forward::kStep)), gemm.plan.slice_steps);
     if (threadIdx.x == 0) barriers.init();
+    if (threadIdx.x == kConsumerThreads) {
+        prefetch_map(x_map);
+        prefetch_map(code_map);
+    }
     __syncthreads();
 
     if (threadIdx.x >= kConsumerThreads) {

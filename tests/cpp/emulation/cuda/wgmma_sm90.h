@@ -34,6 +34,7 @@ inline void init_barrier(uint32_t barrier, int arrivals) {
     barriers_at[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void publish_barriers() {}
+inline void prefetch_map(const CUtensorMap&) {}
 inline void arrive(uint32_t barrier) {
     EmulatedBarrier& at = barriers_at.at(barrier);
     --at.pending;
