@@ -10,6 +10,10 @@
 #include "common/nf4_codebook.h"
 #include "cpu/isa.h"
 
+#ifndef PEFTKERN_CUDA_ARCHS
+#define PEFTKERN_CUDA_ARCHS ""
+#endif
+
 namespace py = pybind11;
 using namespace peftkern;
 
@@ -36,6 +40,9 @@ PYBIND11_MODULE(_caps, m) {
     m.def(
         "nf4_codebook", [] { return std::vector<float>(kNf4Codebook, kNf4Codebook + 16); },
         "The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E), ascending.");
+    m.def(
+        "cuda_archs", [] { return std::string(PEFTKERN_CUDA_ARCHS); },
+        "The CUDA architectures compiled, such as \"80,90a\"; empty without CUDA kernels.");
     m.def(
         "build_info", [] { return std::map<std::string, std::string>{{"compiler", __VERSION__}}; },
         "Compiler and build options.");

@@ -3,8 +3,8 @@
 A backend asked for by name runs or raises; only auto chooses. The rule for auto:
 
 - `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
-- `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right there and not slower
-  than the same formula in torch's ops. There is no record yet.
+- `cuda` (C++) or `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right there
+  and not slower than the same formula in torch's ops. There is no record yet.
 - `reference` (plain torch): everything else: a GPU without such a record, float64, devices without kernels.
 """
 
@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peftkern._native import caps
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = CPU_DTYPES
+TRITON_DTYPES = CUDA_DTYPES = CPU_DTYPES
 OLDEST_TRITON = (3, 6)
 # Ops with Triton kernels; each adds itself.
 TRITON_OPS: set[str] = set()
-# Op to the file in benchmarks/results/gpu/ that says that its Triton kernels are right and not slower than torch's ops.
-GPU_RECORDS: dict[str, str] = {}
+CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear")
+# Op to its backend on a GPU, and the file in benchmarks/results/gpu/ that says that its kernels are right and not slower
+# than torch's ops.
+GPU_RECORDS: dict[str, tuple[str, str]] = {}
 
 
 class Choice(NamedTuple):
@@ -100,15 +104,16 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
         )
     if name == "triton" and (problem := _triton_problem(op, x)):
         raise RuntimeError(f"{op}: backend 'triton' {problem}")
-    if name == "cuda":
-        raise RuntimeError(f"{op}: backend {name!r} is not part of this build")
+    if name == "cuda" and (problem := _cuda_problem(op, x)):
+        raise RuntimeError(f"{op}: backend 'cuda' {problem}")
     return Choice(name, why)
 
 
 def _auto_on_gpu(op: str) -> Choice:
-    """Triton's kernels where a record vouches for them, else torch's ops."""
+    """The kernels where a record vouches for them, else torch's ops."""
     if op in GPU_RECORDS:
-        return Choice("triton", f"auto: right and not slower than torch's ops by {GPU_RECORDS[op]}")
+        backend, record = GPU_RECORDS[op]
+        return Choice(backend, f"auto: right and not slower than torch's ops by {record}")
     return Choice("reference", "auto: no record of a GPU says that a kernel is right and not slower than torch's ops")
 
 
@@ -132,5 +137,18 @@ def _triton_problem(op: str, x: torch.Tensor) -> str | None:
         has_gpu = torch.cuda.is_available()
         return f"needs tensors on a GPU{'' if has_gpu else ' (torch finds none here)'}, got x on {x.device}"
     if op not in TRITON_OPS:
+        return "has no kernel for this op"
+    return None
+
+
+def _cuda_problem(op: str, x: torch.Tensor) -> str | None:
+    """Why the CUDA kernels cannot run `op` on x; None if they can."""
+    if not caps.cuda_archs():
+        return "is not part of this build, which found no nvcc"
+    if x.device.type != "cuda":
+        return f"needs tensors on a CUDA device, got x on {x.device}"
+    if x.dtype not in CUDA_DTYPES:
+        return f"takes fp32, bf16 or fp16, got {x.dtype}; use backend='reference'"
+    if op not in CUDA_OPS:
         return "has no kernel for this op"
     return None

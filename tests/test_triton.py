@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import peftkern
 from peftkern import backends
 from peftkern.backends import Choice, interpreting
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._registration import NATIVE, TRITON
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests/gpu").glob("test_*.py"))
@@ -38,7 +38,7 @@ def test_files_are_found() -> None:
 
 @pytest.mark.parametrize("op", sorted(backends.TRITON_OPS))
 def test_schemas_are_the_native_ones(op: str) -> None:
-    native, triton = (str(getattr(ops.library, op).default._schema).partition("::")[2] for ops in NAMESPACES.values())
+    native, triton = (str(getattr(ops.library, op).default._schema).partition("::")[2] for ops in (NATIVE, TRITON))
     assert native == triton
 
 
@@ -52,14 +52,14 @@ def choice(device: str, dtype: torch.dtype = torch.bfloat16, backend: str | None
 
 def test_auto_takes_triton_only_where_a_record_vouches_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice("cuda").implementation == "reference" and "no record of a GPU" in choice("cuda").reason
-    monkeypatch.setattr(backends, "GPU_RECORDS", {OP: "chip.json"})
+    monkeypatch.setattr(backends, "GPU_RECORDS", {OP: ("triton", "chip.json")})
     assert choice("cuda") == Choice("triton", "auto: right and not slower than torch's ops by chip.json")
     assert choice("cuda", torch.float64).implementation == "reference"
     assert choice("cpu").implementation == "cpu"
 
 
 def test_records_exist() -> None:
-    assert all((ROOT / "benchmarks/results/gpu" / record).is_file() for record in backends.GPU_RECORDS.values())
+    assert all((ROOT / "benchmarks/results/gpu" / record).is_file() for _, record in backends.GPU_RECORDS.values())
 
 
 def test_asked_for_by_name() -> None:

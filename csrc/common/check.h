@@ -6,6 +6,9 @@
 
 #include <string>
 
+#include "common/dtype.h"
+#include "common/nf4_format.h"
+
 namespace peftkern {
 
 inline std::string shape_text(const torch::stable::Tensor& tensor) {
@@ -31,6 +34,21 @@ inline void check_part(const char* op, const char* name, const torch::stable::Te
     STD_TORCH_CHECK(part.scalar_type() == dtype && part.numel() == numel, op, ": ", name, " must be ",
                     torch::headeronly::toString(dtype), " with ", numel, " elements, got ",
                     torch::headeronly::toString(part.scalar_type()), " with ", part.numel());
+}
+
+inline Dtype element_dtype(const char* op, const char* name, torch::headeronly::ScalarType dtype) {
+    using torch::headeronly::ScalarType;
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
+                    name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
+    if (dtype == ScalarType::BFloat16) return Dtype::kBFloat16;
+    return dtype == ScalarType::Half ? Dtype::kFloat16 : Dtype::kFloat32;
+}
+
+inline void check_block_size(const char* op, int64_t block_size) {
+    const bool power_of_two = block_size > 0 && (block_size & (block_size - 1)) == 0;
+    STD_TORCH_CHECK(power_of_two && block_size >= kMinBlockSize && block_size <= kMaxBlockSize, op,
+                    ": block_size must be a power of two from ", kMinBlockSize, " to ", kMaxBlockSize, ", got ",
+                    block_size);
 }
 
 }  // namespace peftkern

@@ -6,9 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace peftkern {
+#include "common/dtype.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+namespace peftkern {
 
 // A row-major matrix whose last dimension is dense; `stride` counts elements between rows.
 struct Matrix {

@@ -15,8 +15,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMapSize = 256;
-
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t block_size) {
     constexpr const char* op = "nf4_quantize";
     const Dtype dtype = element_dtype(op, "weight", weight.scalar_type());
@@ -42,9 +40,9 @@ float grid_value(int64_t i) {
 std::vector<uint8_t> nearest_of_grid(const float* map) {
     std::vector<uint8_t> nearest(kGridSize);
     int64_t begin = 0;
-    for (int64_t byte = 0; byte < kMapSize; ++byte) {
+    for (int64_t byte = 0; byte < kNestedMapSize; ++byte) {
         int64_t end = kGridSize;
-        if (byte + 1 < kMapSize) {
+        if (byte + 1 < kNestedMapSize) {
             const float midpoint = 0.5f * (map[byte] + map[byte + 1]);
             int64_t low = begin;
             while (low < end) {
@@ -66,7 +64,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax(const Tensor& absmax, const Tenso
     constexpr const char* op = "nf4_quantize_absmax";
     const int64_t count = absmax.numel(), blocks = ceil_divide(count, kNestedBlockSize);
     check_part(op, "absmax", absmax, ScalarType::Float, count);
-    check_part(op, "quant_map", quant_map, ScalarType::Float, kMapSize);
+    check_part(op, "quant_map", quant_map, ScalarType::Float, kNestedMapSize);
     check_part(op, "offset", offset, ScalarType::Float, 1);
     const QuantizeKernels& kernels = quantize_kernels(op);
 

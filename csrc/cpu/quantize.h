@@ -4,13 +4,10 @@
 
 #include <stdint.h>
 
+#include "common/nf4_format.h"
 #include "cpu/gemm.h"
 
 namespace peftkern {
-
-constexpr int64_t kMinBlockSize = 32, kMaxBlockSize = 4096;
-constexpr int64_t kNestedBlockSize = 256;
-constexpr int64_t kGridSize = 65536;
 
 struct Quantize {
     const void* weight;  // [numel]

@@ -19,21 +19,6 @@ inline const QuantizeKernels& quantize_kernels(const char* op) {
     return *kernels[static_cast<int>(isa)];
 }
 
-inline Dtype element_dtype(const char* op, const char* name, torch::headeronly::ScalarType dtype) {
-    using torch::headeronly::ScalarType;
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
-                    name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
-    if (dtype == ScalarType::BFloat16) return Dtype::kBFloat16;
-    return dtype == ScalarType::Half ? Dtype::kFloat16 : Dtype::kFloat32;
-}
-
-inline void check_block_size(const char* op, int64_t block_size) {
-    const bool power_of_two = block_size > 0 && (block_size & (block_size - 1)) == 0;
-    STD_TORCH_CHECK(power_of_two && block_size >= kMinBlockSize && block_size <= kMaxBlockSize, op,
-                    ": block_size must be a power of two from ", kMinBlockSize, " to ", kMaxBlockSize, ", got ",
-                    block_size);
-}
-
 inline int64_t ceil_divide(int64_t n, int64_t d) {
     return (n + d - 1) / d;
 }

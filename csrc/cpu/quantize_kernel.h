@@ -28,10 +28,6 @@ static_assert(kMinBlockSize % kStep == 0, "a whole block has whole steps");
 // Weights of a run of blocks stay in L1 (8 KiB of fp32) between the pass for scales and the pass for codes.
 constexpr int64_t kRunElements = 2048;
 
-// Below these absmax is taken as this: 1 / absmax would be too coarse or infinite. bitsandbytes' value for weights.
-constexpr float kMinAbsmax = 1e-38f;
-constexpr float kMinNestedAbsmax = 3e-39f;
-
 inline float float_of(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);

@@ -90,6 +90,7 @@ def collect() -> dict[str, Any]:
         "backend": backend(),
         "backends": {name: _backend_state(name) for name in BACKENDS if name != "auto"},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "cuda_archs": [name for name in caps.cuda_archs().split(",") if name],
         "build": caps.build_info(),
     }
 
@@ -101,6 +102,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("threads", f"{found['threads']} of {found['cpus']} CPUs, {found['machine']}"),
         ("ops run on", f"backend {found['backend']}"),
         *((f"backend {name}", state) for name, state in found["backends"].items()),
+        ("CUDA kernels", ", ".join(found["cuda_archs"]) or "not part of this build"),
         *((name, value) for name, value in found["environment"].items() if value),
         *((name, value or "not installed") for name, value in found["versions"].items()),
         ("build", ", ".join(f"{key} {value}" for key, value in found["build"].items())),

@@ -27,7 +27,9 @@ class Namespace:
         return getattr(self.library, name)
 
 
-NAMESPACES = {"cpu": Namespace(_native_ops), "triton": Namespace(torch.ops.peftkern_triton)}
+NATIVE, TRITON = Namespace(_native_ops), Namespace(torch.ops.peftkern_triton)
+# Of each implementation; the device of the tensors tells C++ and CUDA apart.
+NAMESPACES = {"cpu": NATIVE, "cuda": NATIVE, "triton": TRITON}
 
 
 def register(
@@ -55,7 +57,7 @@ def register(
 
     for device in ("CUDA", "CPU"):  # the CPU under Triton's interpreter; `backends.choose` has checked that
         _library.impl(op, run, device)
-    for ops in NAMESPACES.values():
+    for ops in (NATIVE, TRITON):
         name = f"{ops.library.name}::{op}"
         torch.library.register_fake(name, fake)
         if backward is None:

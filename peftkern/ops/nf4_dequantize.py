@@ -40,7 +40,7 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     Args:
         q: the weight, flat or nested.
         dtype: of the result, fp32, bf16, fp16 or float64; the dense weight's own by default.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "cpu", "cuda" or "triton"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError, RuntimeError: parts of q that do not fit its shape, a dtype that is not one of these, or

@@ -37,7 +37,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
         x: [..., in], any leading shape and strides. fp32, bf16, fp16 on the kernels; float64 on the reference.
         weight: NF4Weight of shape [out, in].
         bias: [out], optional.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "cuda"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x and bias; the weight gets no gradient.

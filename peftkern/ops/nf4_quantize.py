@@ -145,7 +145,7 @@ def nf4_quantize(
         weight: [out, in], fp32, bf16, fp16 or float64 (through fp32), finite. Not differentiable.
         block_size: elements per absmax, a power of two from 32 to 4096. Blocks run over the flattened weight.
         double_quant: quantise absmax itself to 8 bits, in blocks of 256.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "cuda"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or block size; a weight with NaN or infinity.

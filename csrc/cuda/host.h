@@ -1,0 +1,130 @@
+// What the host functions of CUDA ops share: checks, views, the current stream, errors. Plain C++, no CUDA header.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/check.h"
+#include "cuda/launchers.h"
+
+// Lives in torch's CUDA half; null in a CPU torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace peftkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A failed launch or call becomes an exception that names the op and CUDA's error.
+inline void check_cuda(const char* op, int error) {
+    STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, ": ", peftkern_cuda_error_text(error));
+}
+
+// Makes a tensor's device the current one as long as it lives; knows the caller's stream there.
+class OnDevice {
+  public:
+    OnDevice(const char* op, const Tensor& tensor) : op_(op), index_(tensor.get_device_index()), guard_(index_) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    }
+    int32_t index() const { return index_; }
+    void* stream() const { return stream_; }
+    DeviceTraits traits() const {
+        DeviceTraits traits = {};
+        check_cuda(op_, peftkern_cuda_traits(index_, &traits));
+        return traits;
+    }
+
+  private:
+    const char* op_;
+    int32_t index_;
+    torch::stable::accelerator::DeviceGuard guard_;
+    void* stream_ = nullptr;
+};
+
+inline int64_t divide_up(int64_t n, int64_t d) {
+    return (n + d - 1) / d;
+}
+
+inline bool is_aligned(const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Dense, and on a 16-byte boundary, which a slice of a tensor need not be.
+inline Tensor aligned(const Tensor& tensor) {
+    const Tensor dense = torch::stable::contiguous(tensor);
+    return is_aligned(dense) ? dense : torch::stable::clone(dense);
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op, ": ", name,
+                    " must be on CUDA device ", like.get_device_index());
+}
+
+inline Tensor matching(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t numel,
+                       const Tensor& like) {
+    check_device(op, name, tensor, like);
+    check_part(op, name, tensor, type, numel);
+    return torch::stable::contiguous(tensor);
+}
+
+// The bytes of an NF4 weight; the tensors own what `view` points to.
+struct Nf4Weight {
+    Tensor codes, absmax, nested_absmax, nested_quant_map, offset;
+    Nf4View view = {};
+
+    Nf4Weight(const char* op, const Tensor& all_codes, const Tensor& scales, const OptionalTensor& nested,
+              const OptionalTensor& map, const OptionalTensor& mean, int64_t block_size, int64_t numel) {
+        check_block_size(op, block_size);
+        const bool is_nested = nested.has_value();
+        STD_TORCH_CHECK(map.has_value() == is_nested && mean.has_value() == is_nested, op,
+                        ": nested_absmax, nested_quant_map and offset must be given together");
+        const int64_t blocks = divide_up(numel, block_size);
+        const ScalarType scale_type = is_nested ? ScalarType::Byte : ScalarType::Float;
+        codes = aligned(matching(op, "codes", all_codes, ScalarType::Byte, divide_up(numel, 2), all_codes));
+        absmax = matching(op, "absmax", scales, scale_type, blocks, all_codes);
+        view.codes = codes.const_data_ptr<uint8_t>();
+        view.absmax = absmax.const_data_ptr();
+        while (int64_t{1} << view.block_shift < block_size) ++view.block_shift;
+        if (!is_nested) return;
+        const int64_t nested_blocks = divide_up(blocks, kNestedBlockSize);
+        nested_absmax = matching(op, "nested_absmax", *nested, ScalarType::Float, nested_blocks, all_codes);
+        nested_quant_map = matching(op, "nested_quant_map", *map, ScalarType::Float, kNestedMapSize, all_codes);
+        offset = matching(op, "offset", *mean, ScalarType::Float, 1, all_codes);
+        view.nested_absmax = nested_absmax.const_data_ptr<float>();
+        view.nested_quant_map = nested_quant_map.const_data_ptr<float>();
+        view.offset = offset.const_data_ptr<float>();
+    }
+};
+
+// A tensor [..., columns] as rows that kernels can read 16 bytes at a time.
+struct XRows {
+    Tensor tensor;  // [rows, columns]
+    int64_t rows = 1, columns, stride;
+    Dtype dtype;
+
+    XRows(const char* op, const char* name, const Tensor& all) {
+        STD_TORCH_CHECK(all.dim() >= 1, op, ": ", name, " must have shape [..., columns], got ", shape_text(all));
+        dtype = element_dtype(op, name, all.scalar_type());
+        columns = all.size(all.dim() - 1);
+        for (int64_t i = 0; i + 1 < all.dim(); ++i) rows *= all.size(i);
+        tensor = torch::stable::reshape(all, {rows, columns});
+        const bool readable = (columns <= 1 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0 &&
+                              tensor.stride(0) >= columns;  // TMA takes no rows that overlap
+        if (!readable || !is_aligned(tensor)) tensor = aligned(tensor);
+        stride = tensor.stride(0);
+    }
+};
+
+inline std::vector<int64_t> sizes_with_columns(const Tensor& like, int64_t columns) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i + 1 < like.dim(); ++i) sizes.push_back(like.size(i));
+    sizes.push_back(columns);
+    return sizes;
+}
+
+}  // namespace peftkern

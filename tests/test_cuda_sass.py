@@ -1,0 +1,97 @@
+"""The machine code in the built library, for every architecture: what a GPU would run, read where there is none."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from cuda_tools import Kernel, cuobjdump, read_kernels, read_resources
+
+import peftkern
+from peftkern._native import caps
+
+LIBRARY = Path(peftkern.__file__).parent / "_C.abi3.so"
+ARCHS = [arch for arch in caps.cuda_archs().split(",") if arch]
+KERNELS = (
+    *("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_linear_decode", "lora_down", "split_sum"),
+    *("nf4_gemm_sm80", "nf4_gemm_backward_sm80", "nf4_gemm_sm90", "nf4_gemm_backward_sm90"),
+)
+
+pytestmark = [
+    pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels: no nvcc"),
+    pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump"),
+]
+
+
+@pytest.fixture(scope="module", params=ARCHS or ["none"])
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def kernels(arch: str) -> dict[str, Kernel]:
+    return read_kernels(LIBRARY, arch)
+
+
+def named(kernels: dict[str, Kernel], stem: str) -> dict[tuple[int, ...], Kernel]:
+    """A stem's kernels by their template parameters: dtype (1 is bf16) and flags."""
+    pattern = rf"\d+{stem}(?:I((?:L\w+?E)+)E)?E?v"
+    found = {name: match for name in kernels if (match := re.search(pattern, name))}
+    return {
+        tuple(int(n) for n in re.findall(r"(?:DtypeE|L[bi])(\d+)E", match.group(1) or "")): kernels[name]
+        for name, match in found.items()
+    }
+
+
+def test_every_architecture_is_there() -> None:
+    assert ARCHS == ["80", "86", "89", "90a", "100a", "120a"]
+
+
+def test_nothing_spills(arch: str) -> None:
+    resources = read_resources(LIBRARY, arch)
+    for stem in KERNELS:
+        mine = {name: found for name, found in resources.items() if re.search(rf"\d+{stem}(I|E)", name)}
+        assert mine, stem
+        assert {name for name, found in mine.items() if found["STACK"] or found["LOCAL"]} == set()
+
+
+def test_no_atomics(kernels: dict[str, Kernel]) -> None:
+    for stem in KERNELS:
+        for kernel in named(kernels, stem).values():
+            assert kernel.count("ATOM") == kernel.count("RED.") == kernel.count("LDL") == kernel.count("STL") == 0
+
+
+def test_dequantize(kernels: dict[str, Kernel]) -> None:
+    found = named(kernels, "nf4_dequantize")
+    assert set(found) == {(dtype, nested) for dtype in (0, 1, 2) for nested in (0, 1)}
+    for (dtype, nested), kernel in found.items():
+        # A thread has four steps of 8 weights in flight, and 16-byte stores for each.
+        assert kernel.count("STG.E.128") == (8 if dtype == 0 else 4)
+        first_store = next(i for i, line in enumerate(kernel.code) if "STG.E.128" in line)
+        ahead = kernel.code[:first_store]
+        loads = [line for line in ahead if re.search(r"LDG\.E(\.EF)? R", line)]
+        assert len(loads) >= 4, "all codes are on their way before the first is used"
+        last_store = max(i for i, line in enumerate(kernel.code) if "STG.E.128" in line)
+        assert last_store / 32 <= (11.5 if nested else 9.5), "instructions for a weight"
+
+
+def test_decode(kernels: dict[str, Kernel]) -> None:
+    found = named(kernels, "nf4_linear_decode")
+    assert set(found) == set(product((1, 2), (1, 2), (1, 2), (0, 1)))
+    for (_, masks, tiles, nested), kernel in found.items():
+        loop = kernel.loop("HMMA")
+        weights = 64 * tiles
+        assert kernel.count("HMMA.16816.F32", loop) == 8 * masks * tiles
+        assert kernel.count("LDG.E.NA.LTC128B.128", loop) == 2 * tiles, "16 bytes of codes at a time, not kept in L1"
+        assert kernel.count("LDG.E.128", loop) == 4 * masks, "16 bytes of x at a time"
+        # Two weights for one permutation and one load.
+        assert kernel.count("PRMT", loop) <= weights // 2 + 8 * tiles
+        assert weights // 2 <= kernel.count("LDS", loop) <= weights // 2 + 4 * tiles
+        # A half of it is both ways to read a scale, of which one is taken, and the step to the next tile.
+        assert len(loop) / weights <= {1: 4.5, 2: 3.9}[tiles]
+
+
+def test_quantize(kernels: dict[str, Kernel]) -> None:
+    for (dtype,), kernel in named(kernels, "nf4_quantize").items():
+        assert kernel.count("LDG.E.EF.128") == (2 if dtype == 0 else 1)
+        assert kernel.count("LDS.64") == 8, "a cell's midpoint and code at once"
