@@ -3,8 +3,8 @@
 A backend asked for by name runs or raises; only auto chooses. The rule for auto:
 
 - `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
-- `cuda` (C++) or `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right there
-  and not slower than the same formula in torch's ops. There is no record yet.
+- `cuda` (C++) or `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right
+  there and not slower than the same formula in torch's ops. There is no record yet.
 - `reference` (plain torch): everything else: a GPU without such a record, float64, devices without kernels.
 """
 
@@ -24,8 +24,8 @@ OLDEST_TRITON = (3, 6)
 # Ops with Triton kernels; each adds itself.
 TRITON_OPS: set[str] = set()
 CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear")
-# Op to its backend on a GPU, and the file in benchmarks/results/gpu/ that says that its kernels are right and not slower
-# than torch's ops.
+# Op to its backend on a GPU, and the file in benchmarks/results/gpu/ that says that its kernels are right and not
+# slower than torch's ops.
 GPU_RECORDS: dict[str, tuple[str, str]] = {}
 
 

@@ -78,7 +78,7 @@ def test_dequantize(kernels: dict[str, Kernel]) -> None:
 def test_decode(kernels: dict[str, Kernel]) -> None:
     found = named(kernels, "nf4_linear_decode")
     assert set(found) == set(product((1, 2), (1, 2), (1, 2), (0, 1)))
-    for (_, masks, tiles, nested), kernel in found.items():
+    for (_, masks, tiles, _), kernel in found.items():
         loop = kernel.loop("HMMA")
         weights = 64 * tiles
         assert kernel.count("HMMA.16816.F32", loop) == 8 * masks * tiles
