@@ -30,5 +30,16 @@ inline Simd::F exponential(Simd::F x) {
     return fraction * reinterpret_cast<Simd::F>(power);
 }
 
+// 2^x for x <= 0, of which anything below 2^-126 is 0; NaN stays. Cephes' polynomial, within 2 ulp.
+inline Simd::F power_of_two(Simd::F x) {
+    typedef int32_t Bits __attribute__((vector_size(sizeof(Simd::F))));
+    // x rounded to a whole number, which then is in the low bits.
+    const Simd::F shift = Simd::set1(0x1.8p23f), shifted = x + shift, r = x - (shifted - shift);
+    const Simd::F p = polynomial(r, 1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                                 5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f);
+    const Bits power = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
+    return x < Simd::set1(-126.0f) ? Simd::zero() : reinterpret_cast<Simd::F>(power);
+}
+
 }  // namespace
 }  // namespace peftkern

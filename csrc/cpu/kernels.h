@@ -4,6 +4,7 @@
 #include "cpu/activation_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/passes_kernel.h"
+#include "cpu/prefix_backward_kernel.h"
 #include "cpu/prefix_kernel.h"
 
 namespace peftkern {
@@ -15,8 +16,10 @@ constexpr GemmKernels kernels() {
             gated_activation,          sum_rows,         activate};
 }
 
+template <class MainDot>
 constexpr PrefixKernels prefix_kernels() {
-    return {prefix_forward, prefix_backward, sum_parts};
+    return {prefix_forward<MainDot>, prefix_forward_bytes<MainDot>, prefix_backward<MainDot>,
+            prefix_backward_bytes<MainDot>};
 }
 
 }  // namespace

@@ -5,4 +5,4 @@
 #include "cpu/kernels.h"
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx2 = peftkern::kernels<peftkern::Fp32Dot>();
-extern "C" const peftkern::PrefixKernels peftkern_prefix_avx2 = peftkern::prefix_kernels();
+extern "C" const peftkern::PrefixKernels peftkern_prefix_avx2 = peftkern::prefix_kernels<peftkern::Fp32Dot>();

@@ -8,4 +8,4 @@
 
 extern "C" const peftkern::GemmKernels peftkern_gemm_avx512bf16 =
     peftkern::kernels<peftkern::Bf16Dot, peftkern::Decode>();
-extern "C" const peftkern::PrefixKernels peftkern_prefix_avx512bf16 = peftkern::prefix_kernels();
+extern "C" const peftkern::PrefixKernels peftkern_prefix_avx512bf16 = peftkern::prefix_kernels<peftkern::Bf16Dot>();

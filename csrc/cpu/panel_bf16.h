@@ -22,6 +22,16 @@ struct Bf16Dot {
     static __m512 dot(__m512 acc, W x, W w) {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
     }
+    // Of kDepth rows, the words of their columns, and the elements of one.
+    static W words_of(const __m512 (&rows)[2]) {
+        const __m512i columns = _mm512_setr_epi32(
+            0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007, 0x00180008,
+            0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f);
+        return _mm512_permutexvar_epi16(columns, round_pairs(rows[0], rows[1]));
+    }
+    static void store_elements(uint32_t* p, __m512 row) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(row)));
+    }
 
     static bool words_in_place(const Contraction& c) { return c.depth % kDepth == 0; }
 

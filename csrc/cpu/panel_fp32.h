@@ -114,6 +114,9 @@ struct Fp32Dot {
     static void store(uint32_t* p, W w) { Simd::store(reinterpret_cast<float*>(p), w); }
     static W broadcast(const uint32_t* p) { return Simd::set1(*reinterpret_cast<const float*>(p)); }
     static Simd::F dot(Simd::F acc, W x, W w) { return Simd::fmadd(x, w, acc); }
+    // Of kDepth rows, the words of their columns, and the elements of one.
+    static W words_of(const Simd::F (&rows)[1]) { return rows[0]; }
+    static void store_elements(uint32_t* p, Simd::F row) { store(p, row); }
 
     // Whether X's rows are these words already.
     static bool words_in_place(const Contraction& c) {

@@ -1,8 +1,6 @@
-// Attention over a short prefix, merged with the attention over the tokens, for the instruction set whose Simd the
-// including file chose. All products are fp32 and of one shape: C [rows, columns] += A [rows, depth] @ B [depth,
-// columns].
-//
-// The tokens are one more key of the softmax: its score is their log-sum-exp and its value their output.
+// Attention over a prefix and tokens, forward, for the instruction set whose Simd the including file chose: blocks of
+// rows against blocks of keys, of which the prefix is the first, with an online softmax (arXiv 2205.14135). Exponents
+// are of base 2, so that scores carry a factor log2(e).
 #pragma once
 
 #include <math.h>
@@ -11,314 +9,214 @@
 #include <string.h>
 
 #include "cpu/exponential.h"
-#include "cpu/gemm_kernel.h"
 #include "cpu/panel_fp32.h"
 #include "cpu/prefix_attention.h"
+#include "cpu/prefix_tiles.h"
 
 namespace peftkern {
 namespace {
 
-// Element (row, k) of A is data[row * row_stride + k * depth_stride].
-struct LeftFactor {
-    const float* data;
-    int64_t row_stride, depth_stride;
-};
-struct Block {
-    float* data;
-    int64_t stride;
-};
+// Rows of a block: whole tiles of kRows and whole vectors at every level.
+constexpr int64_t kQueryRows = 48;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-template <int R, int V>
-void multiply_add_tile(const LeftFactor& a, const Block& b, int64_t depth, const Block& c) {
+// What the rows [begin, begin + count) of an attention see.
+inline void visible_of(const PrefixAttention& pass, int64_t batch, int64_t head, int64_t begin, int64_t count,
+                       int64_t* visible) {
+    const VisibleKeys& v = pass.visible;
+    for (int64_t r = begin; r < begin + count; ++r)
+        visible[r - begin] =
+            v.data[batch * v.batch + (head * pass.group + r % pass.group) * v.head + r / pass.group * v.query];
+}
+
+inline int64_t largest(const int64_t* values, int64_t count) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; ++i) most = values[i] > most ? values[i] : most;
+    return most;
+}
+
+// combine(.., combine(v[0], v[1])) of the lanes of each of kLanes vectors.
+template <class Combine>
+Simd::F across(const float (&vectors)[Simd::kLanes][Simd::kLanes], Combine combine) {
+    Simd::I words[Simd::kLanes];
+    Simd::transpose_words(reinterpret_cast<const uint8_t*>(vectors), sizeof vectors[0], words);
+    Simd::F result = Simd::as_floats(words[0]);
+    for (int i = 1; i < Simd::kLanes; ++i) result = combine(result, Simd::as_floats(words[i]));
+    return result;
+}
+
+inline Simd::F larger(Simd::F a, Simd::F b) {
+    return a > b ? a : b;
+}
+inline Simd::F sum_of(Simd::F a, Simd::F b) {
+    return a + b;
+}
+
+// One row's scores of the keys from key_begin on, of which it sees `visible`: scaled, with the mask added where there
+// is one, -infinity behind the last up to the end of a vector.
+inline void scale_scores(const PrefixAttention& pass, int64_t batch, int64_t head, int64_t row, int64_t key_begin,
+                         int64_t visible, float* scores) {
     constexpr int L = Simd::kLanes;
-    Simd::F acc[R][V];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] = Simd::load(c.data + r * c.stride + v * L);
-    for (int64_t k = 0; k < depth; ++k) {
-        Simd::F columns[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) columns[v] = Simd::load(b.data + k * b.stride + v * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const Simd::F row = Simd::set1(a.data[r * a.row_stride + k * a.depth_stride]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) acc[r][v] = Simd::fmadd(row, columns[v], acc[r][v]);
+    const Simd::F factor = Simd::set1(pass.scale * kLog2E);
+    for (int64_t c = 0; c < visible; c += L) Simd::store(scores + c, Simd::load(scores + c) * factor);
+    if (pass.mask.data) {
+        const uint8_t* mask = row_at(pass.mask, batch, head * pass.group + row % pass.group, row / pass.group);
+        const int64_t bytes = element_bytes(pass.mask.dtype), before = pass.prefix_length - key_begin;
+        for (int64_t c = before > 0 ? before : 0; c < visible; c += L) {
+            const Simd::F added = load_elements(mask + (c - before) * bytes, pass.mask.dtype, visible - c);
+            Simd::store(scores + c, Simd::fmadd(added, Simd::set1(kLog2E), Simd::load(scores + c)));
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) Simd::store(c.data + r * c.stride + v * L, acc[r][v]);
+    for (int64_t c = visible; c % L; ++c) scores[c] = -INFINITY;
 }
 
-// The same for up to R rows.
-template <int R, int V>
-void multiply_add_rows(int64_t rows, const LeftFactor& a, const Block& b, int64_t depth, const Block& c) {
-    if constexpr (R > 0) {
-        if (rows == R) return multiply_add_tile<R, V>(a, b, depth, c);
-        multiply_add_rows<R - 1, V>(rows, a, b, depth, c);
-    }
-}
+// Buffers of one thread. Rows of scores are kLanes longer than a block of keys, for a mask's last vector.
+template <class Dot>
+struct ForwardBuffers {
+    static constexpr int64_t kKeys = 256 * Dot::kDepth;
+    HeadSizes<Dot> sizes;
+    int64_t keys, scores_pitch, weights_pitch, span;
+    uint32_t *staged, *key_stripes, *value_pairs, *queries, *weights;
+    float *scores, *out, *top, *sum;
+    int64_t* visible;
+    size_t bytes;
 
-// `columns` are whole vectors.
-inline void multiply_add(int64_t rows, int64_t columns, int64_t depth, const LeftFactor& a, const Block& b,
-                         const Block& c) {
-    constexpr int L = Simd::kLanes;
-    for (int64_t n = 0; n < columns; n += Simd::kVectors * L)
-        with_vectors(columns - n, [&](auto vectors) {
-            constexpr int V = decltype(vectors)::value, R = V == 1 ? Simd::kNarrowRows : Simd::kRows;
-            const Block right = {b.data + n, b.stride};
-            for (int64_t m = 0; m < rows; m += R) {
-                const LeftFactor left = {a.data + m * a.row_stride, a.row_stride, a.depth_stride};
-                const Block target = {c.data + m * c.stride + n, c.stride};
-                multiply_add_rows<R, V>(smaller(R, rows - m), left, right, depth, target);
-            }
-        });
-}
-
-// e^x for x <= 0; 0 where it is below the smallest normal number. NaN stays.
-inline Simd::F weight_of(Simd::F x) {
-    return x < Simd::set1(-87.0f) ? Simd::zero() : exponential(x);
-}
-
-inline uint8_t* row_at(const Heads& heads, int64_t batch, int64_t head, int64_t row) {
-    const int64_t index = batch * heads.batch + head * heads.head + row * heads.row;
-    return static_cast<uint8_t*>(heads.data) + index * element_bytes(heads.dtype);
-}
-
-inline float* number_at(const Heads& heads, int64_t batch, int64_t head, int64_t row) {
-    return reinterpret_cast<float*>(row_at(heads, batch, head, row));
-}
-
-// Buffers of one thread, in fp32. Rows and columns are padded to whole vectors, the padding holds zeros. Scores stand
-// transposed, [prefix_length, rows]: then a vector holds the same key of many queries, and a softmax needs no sums
-// across lanes.
-struct PrefixBuffers {
-    int64_t rows, columns;
-    float *key, *value;                // [prefix_length, columns]; key times the scale
-    float *query, *grad_out, *result;  // [rows, columns]
-    float* transposed;                 // [columns, rows]
-    float *scores, *grad_scores;       // [prefix_length, rows]
-    float *lse, *top, *sum;            // [rows]
-
-    PrefixBuffers(const PrefixAttention& pass, float* memory)
-        : rows(prefix_padded(smaller(pass.rows, kPrefixRows))), columns(prefix_padded(pass.head_dim)) {
-        const auto take = [&](int64_t count) {
-            float* begin = memory;
-            memory += count;
-            return begin;
-        };
-        key = take(pass.prefix_length * columns), value = take(pass.prefix_length * columns);
-        query = take(rows * columns), grad_out = take(rows * columns), result = take(rows * columns);
-        transposed = take(rows * columns);
-        scores = take(pass.prefix_length * rows), grad_scores = take(pass.prefix_length * rows);
-        lse = take(rows), top = take(rows), sum = take(rows);
-    }
-
-    // c[j, r] = the product of a's row j, [prefix_length, columns], and b's row r, [rows, columns].
-    void products(const PrefixAttention& pass, const float* a, const float* b, float* c) const {
-        constexpr int L = Simd::kLanes;
-        Simd::I words[L];
-        for (int64_t r = 0; r < rows; r += L)
-            for (int64_t k = 0; k < columns; k += L) {
-                Simd::transpose_words(reinterpret_cast<const uint8_t*>(b + r * columns + k), columns * 4, words);
-                for (int i = 0; i < L; ++i) Simd::store(transposed + (k + i) * rows + r, Simd::as_floats(words[i]));
-            }
-        memset(c, 0, static_cast<size_t>(pass.prefix_length * rows) * sizeof(float));
-        multiply_add(pass.prefix_length, rows, pass.head_dim, {a, columns, 1}, {transposed, rows}, {c, rows});
+    ForwardBuffers(const PrefixAttention& pass, void* memory) : sizes(pass) {
+        keys = smaller(kKeys, divide_up(pass.prefix_length + pass.keys, kStripe) * kStripe);
+        scores_pitch = prefix_padded(keys) + kPrefixPadding;
+        weights_pitch = Dot::kDepth == 1 ? scores_pitch : prefix_padded(keys / Dot::kDepth) + kPrefixPadding;
+        const int64_t rows = smaller(kQueryRows, prefix_padded(prefix_rows(pass)));
+        span = divide_up(divide_up(prefix_rows(pass), prefix_spans(pass)), kQueryRows) * kQueryRows;
+        Parts parts(memory);
+        parts.take(staged, kStripe * sizes.pitch);
+        parts.take(key_stripes, keys * sizes.words);
+        parts.take(value_pairs, divide_up(keys, Dot::kDepth) * sizes.columns_pitch);
+        parts.take(queries, rows * sizes.pitch);
+        parts.take(scores, rows * scores_pitch);
+        if (Dot::kDepth == 1)
+            weights = reinterpret_cast<uint32_t*>(scores);  // in place
+        else
+            parts.take(weights, rows * weights_pitch);
+        parts.take(out, smaller(span, prefix_padded(prefix_rows(pass))) * sizes.columns_pitch);
+        parts.take(top, span), parts.take(sum, span), parts.take(visible, span);
+        bytes = parts.bytes();
     }
 };
 
-// Rows of a block are thousands of bytes apart, which the hardware prefetchers do not follow.
-constexpr int64_t kRowsAhead = 8;
-template <int kForWriting>
-void prefetch_row(const Heads& heads, int64_t columns, int64_t batch, int64_t head, int64_t row) {
-    const uint8_t* p = row_at(heads, batch, head, row);
-    for (int64_t byte = 0; byte < columns * element_bytes(heads.dtype); byte += 64)
-        __builtin_prefetch(p + byte, kForWriting, 2);
-}
+template <class Dot>
+struct Forward {
+    static constexpr int L = Simd::kLanes;
+    const PrefixAttention& pass;
+    const ForwardBuffers<Dot> buffers;
+    int64_t batch, head, row_begin;  // of the span
 
-// Rows of `from`, times `factors` where there are some, then zeros up to whole vectors of rows.
-inline void load_rows(const PrefixAttention& pass, const Heads& from, int64_t batch, int64_t head, int64_t begin,
-                      int64_t count, const float* factors, float* to) {
-    const int64_t bytes = element_bytes(from.dtype), columns = prefix_padded(pass.head_dim);
-    for (int64_t r = 0; r < count; ++r) {
-        prefetch_row<0>(from, pass.head_dim, batch, head, begin + r + kRowsAhead);
-        const uint8_t* row = row_at(from, batch, head, begin + r);
-        const Simd::F factor = Simd::set1(factors ? factors[r] : 1.0f);
-        for (int64_t c = 0; c < columns; c += Simd::kLanes) {
-            const bool inside = c < pass.head_dim;
-            const Simd::F v =
-                inside ? load_elements(row + c * bytes, from.dtype, pass.head_dim - c) * factor : Simd::zero();
-            Simd::store(to + r * columns + c, v);
+    // Weights of the rows [begin, begin + count), at most kLanes, of the span for the keys from key_begin on, of which
+    // `end` are computed; what they gave for earlier keys is scaled to the new maximum.
+    void softmax(int64_t begin, int64_t count, int64_t key_begin, int64_t end, float* scores, uint32_t* weights) const {
+        alignas(64) float lanes[L][L] = {};
+        alignas(64) float tops[L], rescale[L];
+        int64_t visible[L];
+        for (int64_t i = 0; i < count; ++i) {
+            float* row = scores + i * buffers.scores_pitch;
+            visible[i] = smaller(end, buffers.visible[begin + i] - key_begin);
+            Simd::F top = Simd::set1(-INFINITY);
+            if (visible[i] > 0) scale_scores(pass, batch, head, row_begin + begin + i, key_begin, visible[i], row);
+            for (int64_t c = 0; c < visible[i]; c += L) top = larger(Simd::load(row + c), top);
+            Simd::store(lanes[i], top);
         }
-    }
-}
-
-inline void load_queries(const PrefixAttention& pass, const Heads& from, int64_t batch, int64_t head, int64_t begin,
-                         int64_t count, float* to) {
-    const int64_t columns = prefix_padded(pass.head_dim);
-    load_rows(pass, from, batch, head, begin, count, nullptr, to);
-    memset(to + count * columns, 0, static_cast<size_t>((prefix_padded(count) - count) * columns) * sizeof(float));
-}
-
-inline void store_rows(const PrefixAttention& pass, const float* from, const Heads& to, int64_t batch, int64_t head,
-                       int64_t begin, int64_t count) {
-    const int64_t bytes = element_bytes(to.dtype), columns = prefix_padded(pass.head_dim);
-    for (int64_t r = 0; r < count; ++r) {
-        prefetch_row<1>(to, pass.head_dim, batch, head, begin + r + kRowsAhead);
-        uint8_t* row = row_at(to, batch, head, begin + r);
-        for (int64_t c = 0; c < pass.head_dim; c += Simd::kLanes)
-            store_elements(row + c * bytes, to.dtype, pass.head_dim - c, Simd::load(from + r * columns + c));
-    }
-}
-
-// Calls use(buffers, batch, head, first row, rows) for each block of queries of a chunk, with the prefix loaded.
-template <class Use>
-void for_blocks(const PrefixAttention& pass, int64_t prefix, int64_t chunk, float* workspace, Use use) {
-    const int64_t units = prefix_units(pass), blocks = prefix_blocks(pass);
-    const int64_t head = prefix % pass.kv_heads, own_batch = prefix / pass.kv_heads;
-    PrefixBuffers buffers(pass, workspace);
-    load_rows(pass, pass.prefix_key, own_batch, head, 0, pass.prefix_length, nullptr, buffers.key);
-    load_rows(pass, pass.prefix_value, own_batch, head, 0, pass.prefix_length, nullptr, buffers.value);
-    for (int64_t i = 0; i < pass.prefix_length * buffers.columns; ++i) buffers.key[i] *= pass.scale;
-    for (int64_t unit = units * chunk / pass.chunks; unit < units * (chunk + 1) / pass.chunks; ++unit) {
-        const int64_t batch = pass.per_batch ? own_batch : unit / blocks;
-        const int64_t begin = unit % blocks * kPrefixRows;
-        use(buffers, batch, head, begin, smaller(kPrefixRows, pass.rows - begin));
-    }
-}
-
-// Scores to weights, with buffers.lse the tokens' log-sum-exp on entry and their weight on return.
-inline void softmax(const PrefixAttention& pass, const PrefixBuffers& buffers) {
-    const int64_t rows = buffers.rows, length = pass.prefix_length;
-    for (int64_t r = 0; r < rows; r += Simd::kLanes) {
-        float* scores = buffers.scores + r;
-        const Simd::F tokens = Simd::load(buffers.lse + r);
-        Simd::F top = tokens;
-        for (int64_t j = 0; j < length; ++j) {
-            const Simd::F s = Simd::load(scores + j * rows);
-            top = s > top ? s : top;
-        }
-        const Simd::F of_tokens = weight_of(tokens - top);
-        Simd::F sum = of_tokens;
-        for (int64_t j = 0; j < length; ++j) {
-            const Simd::F e = weight_of(Simd::load(scores + j * rows) - top);
-            Simd::store(scores + j * rows, e);
-            sum = sum + e;
-        }
-        const Simd::F inverse = Simd::set1(1) / sum;
-        for (int64_t j = 0; j < length; ++j) Simd::store(scores + j * rows, Simd::load(scores + j * rows) * inverse);
-        Simd::store(buffers.lse + r, of_tokens * inverse);
-        Simd::store(buffers.top + r, top);
-        Simd::store(buffers.sum + r, sum);
-    }
-}
-
-inline void prefix_forward(const PrefixAttention* arguments, int64_t prefix, int64_t chunk, float* workspace) {
-    const PrefixAttention& pass = *arguments;
-    for_blocks(pass, prefix, chunk, workspace,
-               [&](PrefixBuffers& buffers, int64_t batch, int64_t head, int64_t begin, int64_t count) {
-                   const int64_t columns = buffers.columns, rows = buffers.rows = prefix_padded(count);
-                   load_queries(pass, pass.query, batch, head, begin, count, buffers.query);
-                   buffers.products(pass, buffers.key, buffers.query, buffers.scores);
-                   for (int64_t r = 0; r < rows; ++r) {
-                       const bool any = pass.tokens.data && r < count;
-                       buffers.lse[r] = any ? *number_at(pass.tokens_lse, batch, head, begin + r) : -INFINITY;
-                   }
-                   softmax(pass, buffers);
-                   for (int64_t r = 0; r < count; ++r)
-                       *number_at(pass.lse, batch, head, begin + r) = buffers.top[r] + logf(buffers.sum[r]);
-                   if (pass.tokens.data)
-                       load_rows(pass, pass.tokens, batch, head, begin, count, buffers.lse, buffers.result);
-                   else
-                       memset(buffers.result, 0, static_cast<size_t>(count * columns) * sizeof(float));
-                   multiply_add(count, columns, pass.prefix_length, {buffers.scores, 1, rows}, {buffers.value, columns},
-                                {buffers.result, columns});
-                   store_rows(pass, buffers.result, pass.out, batch, head, begin, count);
-               });
-}
-
-// sums[r] = the product of row r of a and of b.
-inline void row_products(const PrefixBuffers& buffers, const float* a, const float* b, float* sums) {
-    constexpr int L = Simd::kLanes;
-    const int64_t columns = buffers.columns;
-    alignas(64) float lanes[L][L];
-    Simd::I words[L];
-    for (int64_t r = 0; r < buffers.rows; r += L) {
-        for (int i = 0; i < L; ++i) {
+        const Simd::F before = Simd::load(buffers.top + begin), top = larger(across(lanes, larger), before);
+        const Simd::F scale = power_of_two(before - top);
+        Simd::store(tops, top);
+        Simd::store(rescale, scale);
+        Simd::store(buffers.top + begin, top);
+        for (int64_t i = 0; i < count; ++i) {
+            const float* row = scores + i * buffers.scores_pitch;
+            uint32_t* to = weights + i * buffers.weights_pitch;
+            const Simd::F shift = Simd::set1(tops[i]);
             Simd::F sum = Simd::zero();
-            for (int64_t c = (r + i) * columns; c < (r + i + 1) * columns; c += L)
-                sum = Simd::fmadd(Simd::load(a + c), Simd::load(b + c), sum);
+            int64_t c = 0;
+            for (; c < visible[i]; c += L) {
+                const Simd::F weight = power_of_two(Simd::load(row + c) - shift);
+                Dot::store_elements(to + c / Dot::kDepth, weight);
+                sum = sum + weight;
+            }
+            for (; c < end; c += L) Dot::store_elements(to + c / Dot::kDepth, Simd::zero());
             Simd::store(lanes[i], sum);
+            float* out = buffers.out + (begin + i) * buffers.sizes.columns_pitch;
+            if (key_begin > 0 && rescale[i] != 1)
+                for (c = 0; c < buffers.sizes.columns; c += L)
+                    Simd::store(out + c, Simd::load(out + c) * Simd::set1(rescale[i]));
         }
-        Simd::transpose_words(reinterpret_cast<const uint8_t*>(lanes), sizeof lanes[0], words);
-        Simd::F sum = Simd::as_floats(words[0]);
-        for (int i = 1; i < L; ++i) sum = sum + Simd::as_floats(words[i]);
-        Simd::store(sums + r, sum);
+        const Simd::F sum = across(lanes, sum_of);
+        Simd::store(buffers.sum + begin, Simd::fmadd(Simd::load(buffers.sum + begin), scale, sum));
     }
-}
 
-inline void prefix_backward(const PrefixAttention* arguments, int64_t prefix, int64_t chunk, float* workspace) {
-    const PrefixAttention& pass = *arguments;
-    const int64_t p = pass.prefix_length;
-    for_blocks(pass, prefix, chunk, workspace,
-               [&](PrefixBuffers& buffers, int64_t batch, int64_t head, int64_t begin, int64_t count) {
-                   const int64_t columns = buffers.columns, rows = buffers.rows = prefix_padded(count);
-                   load_queries(pass, pass.query, batch, head, begin, count, buffers.query);
-                   load_queries(pass, pass.grad_out, batch, head, begin, count, buffers.grad_out);
-                   load_queries(pass, pass.out, batch, head, begin, count, buffers.result);
-                   buffers.products(pass, buffers.key, buffers.query, buffers.scores);
-                   buffers.products(pass, buffers.value, buffers.grad_out, buffers.grad_scores);
-                   row_products(buffers, buffers.grad_out, buffers.result, buffers.sum);
-                   for (int64_t r = 0; r < rows; ++r)
-                       buffers.lse[r] = r < count ? *number_at(pass.lse, batch, head, begin + r) : 0;
-                   for (int64_t r = 0; r < rows; r += Simd::kLanes) {
-                       const Simd::F lse = Simd::load(buffers.lse + r), delta = Simd::load(buffers.sum + r);
-                       for (int64_t j = 0; j < p; ++j) {
-                           float *score = buffers.scores + j * rows + r, *grad = buffers.grad_scores + j * rows + r;
-                           const Simd::F weight = weight_of(Simd::load(score) - lse);
-                           Simd::store(score, weight);
-                           Simd::store(grad, weight * (Simd::load(grad) - delta));
-                       }
-                   }
-                   if (pass.grad_prefix) {
-                       float* grad_key = pass.grad_prefix + (prefix * pass.chunks + chunk) * 2 * p * columns;
-                       multiply_add(p, columns, count, {buffers.grad_scores, rows, 1}, {buffers.query, columns},
-                                    {grad_key, columns});
-                       multiply_add(p, columns, count, {buffers.scores, rows, 1}, {buffers.grad_out, columns},
-                                    {grad_key + p * columns, columns});
-                   }
-                   if (!pass.grad_query.data) return;
-                   if (pass.tokens_grad_query.data)
-                       load_rows(pass, pass.tokens_grad_query, batch, head, begin, count, nullptr, buffers.result);
-                   else
-                       memset(buffers.result, 0, static_cast<size_t>(count * columns) * sizeof(float));
-                   multiply_add(count, columns, p, {buffers.grad_scores, 1, rows}, {buffers.key, columns},
-                                {buffers.result, columns});
-                   store_rows(pass, buffers.result, pass.grad_query, batch, head, begin, count);
-               });
-}
+    // The rows [begin, begin + count) of the span against the packed keys.
+    void block(int64_t begin, int64_t count, Range keys) const {
+        const HeadSizes<Dot>& sizes = buffers.sizes;
+        const int64_t* visible = buffers.visible + begin;
+        const int64_t end = smaller(largest(visible, count), keys.end) - keys.begin;
+        if (end <= 0) return;
+        pack_queries<Dot>(pass, pass.query, batch, head, row_begin + begin, count, buffers.queries);
+        for (int64_t n = 0, first = 0; n < end; n += kStripe) {
+            while (visible[first] <= keys.begin + n) ++first;
+            multiply_panel<Dot>(count - first, smaller(kStripe, end - n),
+                                {buffers.queries + first * sizes.pitch, sizes.pitch, 1},
+                                {buffers.key_stripes + n * sizes.words, kStripe}, false,
+                                {buffers.scores + first * buffers.scores_pitch + n, buffers.scores_pitch},
+                                [&](int64_t, int64_t) { return Range{0, sizes.words}; });
+        }
+        for (int64_t r = 0; r < count; r += L)
+            softmax(begin + r, smaller(L, count - r), keys.begin, end, buffers.scores + r * buffers.scores_pitch,
+                    buffers.weights + r * buffers.weights_pitch);
+        multiply_panel<Dot>(count, sizes.columns, {buffers.weights, buffers.weights_pitch, 1},
+                            {buffers.value_pairs, sizes.columns_pitch}, keys.begin > 0,
+                            {buffers.out + begin * sizes.columns_pitch, sizes.columns_pitch},
+                            [&](int64_t m, int64_t rows) {
+                                const int64_t seen = smaller(end, largest(visible + m, rows) - keys.begin);
+                                return Range{0, seen > 0 ? divide_up(seen, Dot::kDepth) : 0};
+                            });
+    }
 
-inline void sum_parts(const SumParts* pass, int64_t row_begin, int64_t row_end) {
-    const int64_t bytes = element_bytes(pass->dtype);
-    for (int64_t row = row_begin; row < row_end; ++row) {
-        const int64_t batch = row / pass->rows, in_batch = row % pass->rows;
-        uint8_t* out = static_cast<uint8_t*>(pass->out) + row * pass->columns * bytes;
-        for (int64_t c = 0; c < pass->columns; c += Simd::kLanes) {
-            const int64_t count = pass->columns - c;
-            Simd::F sum = Simd::zero();
-            for (int64_t j = 0; j < pass->count; ++j) {
-                const RowsPart& part = pass->parts[j];
-                if (in_batch >= part.rows) continue;
-                const int64_t at = ((batch * part.rows + in_batch) * pass->columns + c) * bytes;
-                sum = sum + load_elements(static_cast<const uint8_t*>(part.data) + at, pass->dtype, count);
-            }
-            store_elements(out + c * bytes, pass->dtype, count, sum);
+    void span(int64_t rows) const {
+        visible_of(pass, batch, head, row_begin, rows, buffers.visible);
+        for (int64_t r = 0; r < buffers.span; ++r) buffers.top[r] = -INFINITY, buffers.sum[r] = 0;
+        const int64_t seen = largest(buffers.visible, rows);
+        for (int64_t begin = 0; begin < seen; begin += buffers.keys) {
+            const Range keys = {begin, smaller(begin + buffers.keys, seen)};
+            pack_keys<Dot>(pass, pass.prefix_key, pass.key, batch, head, keys, buffers.staged, buffers.key_stripes,
+                           nullptr);
+            pack_keys<Dot>(pass, pass.prefix_value, pass.value, batch, head, keys, buffers.staged, nullptr,
+                           buffers.value_pairs);
+            for (int64_t m = 0; m < rows; m += kQueryRows) block(m, smaller(kQueryRows, rows - m), keys);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t row = row_begin + r, of_query = head * pass.group + row % pass.group;
+            store_row(pass, buffers.out + r * buffers.sizes.columns_pitch, 1 / buffers.sum[r], pass.out, batch,
+                      of_query, row / pass.group);
+            *number_at(pass.lse, batch, of_query, row / pass.group) = buffers.top[r] * kLn2 + logf(buffers.sum[r]);
         }
     }
+};
+
+template <class Dot>
+void forward_item(const PrefixAttention& pass, int64_t item, void* memory) {
+    const ForwardBuffers<Dot> buffers(pass, memory);
+    const int64_t spans = prefix_spans(pass), begin = item % spans * buffers.span, pair = item / spans;
+    const int64_t rows = smaller(buffers.span, prefix_rows(pass) - begin);
+    if (rows > 0) Forward<Dot>{pass, buffers, pair / pass.kv_heads, pair % pass.kv_heads, begin}.span(rows);
+}
+
+// bf16 is multiplied as such where the level can.
+template <class Bf16>
+void prefix_forward(const PrefixAttention* pass, int64_t item, void* memory) {
+    if (pass->query.dtype == Dtype::kBFloat16) return forward_item<Bf16>(*pass, item, memory);
+    forward_item<Fp32Dot>(*pass, item, memory);
+}
+template <class Bf16>
+size_t prefix_forward_bytes(const PrefixAttention* pass) {
+    if (pass->query.dtype == Dtype::kBFloat16) return ForwardBuffers<Bf16>(*pass, nullptr).bytes;
+    return ForwardBuffers<Fp32Dot>(*pass, nullptr).bytes;
 }
 
 }  // namespace
