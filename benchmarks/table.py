@@ -113,6 +113,18 @@ COMPARISONS = (
         "torch concatenated",
         {16: 1.0, 256: 1.0},
     ),
+    Comparison(
+        "`prefix_attention` not causal, forward / concatenated",
+        "prefix_attention encoder forward",
+        "torch concatenated",
+        {16: 1.0, 256: 1.0},
+    ),
+    Comparison(
+        "`prefix_attention` not causal, training step / concatenated",
+        "prefix_attention encoder forward+backward",
+        "torch concatenated",
+        {16: 1.0, 256: 1.0},
+    ),
 )
 # The cost of an adapter: our time over that of our other op, and the most that is aimed at.
 _LORA_COST = {16: 1.25, 64: 1.12, 256: 1.08, 1024: 1.08}

@@ -26,8 +26,8 @@ class Sizes(NamedTuple):
     length: int
 
 
-# One; odd; grouped heads; more queries than a block; one query for grouped heads; more keys than flash's block; blocks
-# of a causal attention, with fewer keys.
+# One; odd; grouped heads; more rows than a block; one query for grouped heads; more keys than a block; fewer keys than
+# queries; many elements that share a prefix; wide heads.
 SIZES = (
     Sizes(1, 1, 1, 1, 1, 1, 1),
     Sizes(2, 3, 3, 5, 7, 33, 5),
@@ -37,6 +37,7 @@ SIZES = (
     Sizes(1, 2, 1, 130, 600, 40, 40),
     Sizes(1, 2, 1, 400, 390, 16, 3),
     Sizes(9, 2, 2, 3, 3, 24, 33),
+    Sizes(1, 2, 1, 2, 5, 530, 2),
 )
 SMALL = Sizes(2, 4, 2, 6, 6, 8, 3)
 
@@ -56,6 +57,7 @@ MASKS: dict[str, Callable[[Sizes, torch.dtype], Tensor | None]] = {
         torch.rand(s.queries, s.keys) < 0.5, torch.finfo(dtype).min
     ),
     "strided": lambda s, dtype: torch.randn(s.keys, s.queries).to(dtype).t(),
+    "any number of keys": lambda s, dtype: torch.arange(s.keys) < torch.randint(s.keys + 1, (s.heads, s.queries, 1)),
 }
 
 
@@ -134,7 +136,7 @@ def exactly(enable_gqa: bool, **inputs: Any) -> Tensor:
     return prefix_attention_reference(**inputs)
 
 
-# fp32: flash attention's e^x is good to about 1e-6, which cancels in the gradients by up to some ten times.
+# fp32: weights are good to about 1e-6, which cancels in the gradients by up to some ten times.
 FP32_LIMIT = 3e-5
 
 

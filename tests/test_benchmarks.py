@@ -43,6 +43,8 @@ PEERS = {
     "prefix_attention forward": ["torch concatenated"],
     "prefix_attention forward+backward": ["torch concatenated"],
     "prefix_attention forward+backward fp32": ["torch concatenated"],
+    "prefix_attention encoder forward": ["torch concatenated"],
+    "prefix_attention encoder forward+backward": ["torch concatenated"],
 }
 
 

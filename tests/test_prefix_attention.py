@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from linear_cases import DTYPES, assert_same_bits, compile_counting, gradients, graph_count, only_level
 from prefix_cases import (
+    FP32_LIMIT,
     MASKS,
     NAMES,
     SIZES,
@@ -99,10 +100,29 @@ def test_a_prefix_of_each(isa: str, dtype: torch.dtype, seed: int) -> None:
         assert_near_float64(inputs, grad_like(inputs))
 
 
-def test_a_scale(seed: int) -> None:
-    inputs = inputs_of(SMALL, scale=0.3)
-    assert_near_float64(inputs, grad_like(inputs))
+@pytest.mark.parametrize("scale", [0.3, -0.7, 0.0])
+def test_a_scale(scale: float, seed: int) -> None:
+    inputs = inputs_of(SMALL, scale=scale)
+    grad_out = grad_like(inputs)
+    if scale != 0:
+        assert_near_float64(inputs, grad_out)
+    else:
+        actual, expected = (gradients(function, inputs, grad_out, NAMES) for function in (native, reference))
+        torch.testing.assert_close(actual, expected)
     assert not torch.allclose(native(**inputs), native(**{**inputs, "scale": None}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("falling", [False, True])
+def test_the_largest_score_may_come_late(isa: str, falling: bool, dtype: torch.dtype, seed: int) -> None:
+    """Scores that grow over many blocks of keys, so that each block scales down what the earlier ones gave."""
+    inputs = inputs_of(Sizes(1, 2, 1, 60, 1200, 16, 2), dtype)
+    direction = inputs["query"].float().mean((0, 1, 2)).sign()
+    growing = torch.linspace(0, 10, 1200)[:, None] * direction
+    inputs["query"] = (direction + inputs["query"] / 8).to(dtype)
+    inputs["key"] = (inputs["key"] / 8 + (growing.flip(0) if falling else growing)).to(dtype)
+    error = errors(native, inputs, grad_like(inputs))["y"]
+    assert error < (FP32_LIMIT if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

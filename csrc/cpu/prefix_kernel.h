@@ -192,6 +192,7 @@ struct Forward {
         }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = row_begin + r, of_query = head * pass.group + row % pass.group;
+            prefetch_query<1>(pass, pass.out, batch, head, row + kRowsAhead);
             store_row(pass, buffers.out + r * buffers.sizes.columns_pitch, 1 / buffers.sum[r], pass.out, batch,
                       of_query, row / pass.group);
             *number_at(pass.lse, batch, of_query, row / pass.group) = buffers.top[r] * kLn2 + logf(buffers.sum[r]);

@@ -188,15 +188,19 @@ void pack_keys(const PrefixAttention& pass, const Heads& prefix, const Heads& to
     }
 }
 
+template <int kForWriting>
+void prefetch_query(const PrefixAttention& pass, const Heads& heads, int64_t batch, int64_t head, int64_t row) {
+    prefetch_row<kForWriting>(row_at(heads, batch, head * pass.group + row % pass.group, row / pass.group),
+                              pass.head_dim * element_bytes(heads.dtype));
+}
+
 // Rows [begin, begin + count) of an attention as rows.
 template <class Dot>
 void pack_queries(const PrefixAttention& pass, const Heads& from, int64_t batch, int64_t head, int64_t begin,
                   int64_t count, uint32_t* rows) {
     const HeadSizes<Dot> sizes(pass);
     for (int64_t r = begin; r < begin + count; ++r, rows += sizes.pitch) {
-        const int64_t ahead = r + kRowsAhead;
-        prefetch_row<0>(row_at(from, batch, head * pass.group + ahead % pass.group, ahead / pass.group),
-                        pass.head_dim * element_bytes(from.dtype));
+        prefetch_query<0>(pass, from, batch, head, r + kRowsAhead);
         pack_row<Dot>(row_at(from, batch, head * pass.group + r % pass.group, r / pass.group), from.dtype,
                       pass.head_dim, rows);
     }

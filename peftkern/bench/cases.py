@@ -36,6 +36,8 @@ CASES = (
     "prefix_attention forward",
     "prefix_attention forward+backward",
     "prefix_attention forward+backward fp32",
+    "prefix_attention encoder forward",
+    "prefix_attention encoder forward+backward",
 )
 
 # Those that do not depend on the number of rows.

@@ -25,16 +25,17 @@ def contenders(case: str, out_features: int, in_features: int, rows: int) -> dic
         "peftkern": prefix_attention,
         "torch concatenated": concatenated_attention,
     }
-    return {name: _run(function, sizes, dtype, "backward" in case) for name, function in functions.items()}
+    causal = _is_causal(case, rows)
+    return {name: _run(function, sizes, dtype, causal, "backward" in case) for name, function in functions.items()}
 
 
 def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[float, float]:
-    """Bytes and operations of causal attention: half of the products where queries and keys are as many."""
+    """Bytes and operations: half of the products with tokens where attention is causal."""
     sizes = _sizes(out_features, in_features, rows)
     element = 4 if case.endswith("fp32") else 2
     queries = BATCH * sizes.heads * sizes.queries * sizes.head_dim
     keys = BATCH * sizes.kv_heads * sizes.keys * sizes.head_dim
-    forward = 4.0 * queries * ((sizes.keys / 2 if sizes.queries > 1 else sizes.keys) + LENGTH)
+    forward = 4.0 * queries * ((sizes.keys / 2 if _is_causal(case, rows) else sizes.keys) + LENGTH)
     if "backward" in case:
         return (4.0 * queries + 4.0 * keys) * element, 3.5 * forward
     return (2.0 * queries + 2.0 * keys) * element, forward
@@ -57,7 +58,11 @@ def _sizes(out_features: int, in_features: int, rows: int) -> _Sizes:
     return _Sizes(in_features // head_dim, common // head_dim, rows, keys, head_dim)
 
 
-def _run(function: Callable[..., Tensor], sizes: _Sizes, dtype: torch.dtype, backward: bool) -> Run:
+def _is_causal(case: str, rows: int) -> bool:
+    return rows > 1 and "encoder" not in case
+
+
+def _run(function: Callable[..., Tensor], sizes: _Sizes, dtype: torch.dtype, causal: bool, backward: bool) -> Run:
     """One call of an attention with a prefix, in transformers' layout of heads."""
     generator = torch.Generator().manual_seed(sizes.queries)
 
@@ -68,7 +73,6 @@ def _run(function: Callable[..., Tensor], sizes: _Sizes, dtype: torch.dtype, bac
     query, key, value = heads(sizes.heads, sizes.queries), *(heads(sizes.kv_heads, sizes.keys) for _ in range(2))
     prefix = [normal(generator, sizes.kv_heads, LENGTH, sizes.head_dim) for _ in range(2)]
     grad_out, leaves = torch.randn_like(query), (query, key, value, *prefix)
-    causal = sizes.queries > 1
 
     def run(_: int) -> None:
         if not backward:

@@ -2,14 +2,12 @@
 
 Formula, for each query q, with the tokens' keys and values K, V and the prefix's K_p, V_p:
     o = softmax([s_p, s]) [V_p; V]      s = scale * q K^T + mask      s_p = scale * q K_p^T
-Nothing is concatenated: with l = logsumexp(s) and o_1 = softmax(s) V from any attention over the tokens alone,
-    L = log(e^l + sum e^s_p)            o = e^(l - L) o_1 + e^(s_p - L) V_p
-that is, the tokens are one more key, whose score is their log-sum-exp and whose value is their output.
-Backward, with delta = dy . o over the joint output, and a_p = e^(s_p - L), a = e^(s - L) the joint weights:
+On the CPU prefix and tokens are the keys of one flash attention (arXiv 2205.14135) that reads them where they lie:
+nothing is concatenated, and keys that no query of a block sees are skipped. With L the log-sum-exp of [s_p, s] and
+delta = dy . o, backward has the weights a = e^(s - L), and a_p likewise, and
+    dV   = a^T dy      ds   = a   * (dy V^T   - delta)    dK   = scale * ds^T q      dq  = scale * ds K
     dV_p = a_p^T dy    ds_p = a_p * (dy V_p^T - delta)    dK_p = scale * ds_p^T q    dq += scale * ds_p K_p
-    dV   = a^T dy      ds   = a   * (dy V^T   - delta)    dK   = scale * ds^T q      dq += scale * ds K
-The tokens' line is what a flash-attention backward computes from an output and a log-sum-exp: given o and L instead of
-o_1 and l, its weights e^(s - L) and its delta are the joint ones, so it gives exactly the tokens' part.
+With bf16 inputs, a CPU that multiplies bf16 rounds a, ds and an fp32 prefix to it; sums are fp32, rounded once.
 Saved for backward: query, key, value, prefix, out and L [B, H, T]; the prefix is never repeated over the batch.
 """
 
