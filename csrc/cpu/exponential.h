@@ -1,4 +1,4 @@
-// e^x for the instruction set whose Simd the including file chose: Cephes' polynomial, within 2 ulp.
+// e^x and 2^x for the instruction set whose Simd the including file chose: Cephes' polynomials, within 2 ulp.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +30,7 @@ inline Simd::F exponential(Simd::F x) {
     return fraction * reinterpret_cast<Simd::F>(power);
 }
 
-// 2^x for x <= 0, of which anything below 2^-126 is 0; NaN stays. Cephes' polynomial, within 2 ulp.
+// 2^x for x <= 0, of which anything below 2^-126 is 0; NaN stays.
 inline Simd::F power_of_two(Simd::F x) {
     typedef int32_t Bits __attribute__((vector_size(sizeof(Simd::F))));
     // x rounded to a whole number, which then is in the low bits.

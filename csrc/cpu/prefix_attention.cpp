@@ -22,8 +22,9 @@ using torch::headeronly::ScalarType;
 
 const PrefixKernels* const kLevels[kIsaCount] = {&peftkern_prefix_scalar, &peftkern_prefix_avx2,
                                                  &peftkern_prefix_avx512, &peftkern_prefix_avx512bf16};
-// Fewer products are not worth another thread.
+// Fewer products or elements are not worth another thread.
 constexpr int64_t kGrainProducts = 1 << 20;
+constexpr int64_t kGrainElements = 1 << 15;
 // No score makes up for such a mask.
 constexpr float kHidden = -1e30f;
 
@@ -186,14 +187,17 @@ Tensor grad_prefix_of(const PrefixAttention& pass, const Tensor& parts, int64_t 
     const float* from = parts.const_data_ptr<float>();
     const float factor = part == 0 ? pass.scale : 1.0f;
     Tensor sum = torch::stable::new_zeros(like, like.sizes(), ScalarType::Float);
-    float* to = sum.mutable_data_ptr<float>();
-    for (int64_t prefix = 0; prefix < prefix_count(pass); ++prefix)
-        for (int64_t chunk = 0; chunk < pass.chunks; ++chunk) {
-            const float* begin = from + ((prefix * pass.chunks + chunk) * 2 + part) * size;
-            for (int64_t j = 0; j < pass.prefix_length; ++j)
-                for (int64_t c = 0; c < pass.head_dim; ++c)
-                    to[(prefix * pass.prefix_length + j) * pass.head_dim + c] += factor * begin[j * columns + c];
-        }
+    float* sums = sum.mutable_data_ptr<float>();
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / (pass.chunks * size));
+    torch::stable::parallel_for(0, prefix_count(pass), grain, [&](int64_t first, int64_t end) {
+        for (int64_t prefix = first; prefix < end; ++prefix)
+            for (int64_t chunk = 0; chunk < pass.chunks; ++chunk)
+                for (int64_t j = 0; j < pass.prefix_length; ++j) {
+                    const float* row = from + ((prefix * pass.chunks + chunk) * 2 + part) * size + j * columns;
+                    float* __restrict to = sums + (prefix * pass.prefix_length + j) * pass.head_dim;
+                    for (int64_t c = 0; c < pass.head_dim; ++c) to[c] += factor * row[c];
+                }
+    });
     return torch::stable::to(sum, like.scalar_type());
 }
 

@@ -100,8 +100,9 @@ inline float* number_at(const Heads& heads, int64_t batch, int64_t head, int64_t
     return reinterpret_cast<float*>(row_at(heads, batch, head, row));
 }
 
-// Rows of a head lie thousands of bytes apart, which the hardware prefetchers do not follow.
-constexpr int64_t kRowsAhead = 8;
+// Rows of a head lie thousands of bytes apart, which the hardware prefetchers do not follow (8 rows ahead, one query
+// with a cache takes 1.4 times as long).
+constexpr int64_t kRowsAhead = 24;
 template <int kForWriting>
 void prefetch_row(const uint8_t* row, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, kForWriting, 2);
