@@ -35,17 +35,22 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
         TypeError, ValueError: not a module, one that another adapter library has wrapped, or one without such blocks.
     """
     check_model("fuse_blocks", model)
+    if not exchange_blocks(model):
+        names = ", ".join((*_ATTENTIONS, *_MLPS))
+        raise ValueError(f"fuse_blocks: {type(model).__name__} has no block to fuse; these are: {names}")
+    return model
+
+
+def exchange_blocks(model: nn.Module) -> int:
+    """Changes the blocks that are known, in place; returns how many."""
     blocks = [module for module in model.modules() if not isinstance(module, FusedBlock)]
     attentions = [block for block in blocks if type(block).__name__ in _ATTENTIONS]
     mlps = [block for block in blocks if type(block).__name__ in _MLPS]
-    if not attentions and not mlps:
-        names = ", ".join((*_ATTENTIONS, *_MLPS))
-        raise ValueError(f"fuse_blocks: {type(model).__name__} has no block to fuse; these are: {names}")
     for block in attentions:
         LoRAAttention.from_block(block, _ATTENTIONS[type(block).__name__])
     for block in mlps:
         LoRAMLP.from_block(block)
-    return model
+    return len(attentions) + len(mlps)
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:

@@ -77,7 +77,8 @@ def _explain_model(model: nn.Module, x: Tensor | None, adapter_names: Sequence[s
             continue  # computed by the op of the PEFT layer around it
         peft_layer = explain_layer(module, x, adapter_names)
         if peft_layer is not None:
-            records.append(Explanation(path, *peft_layer))
+            record = Explanation(path, *peft_layer)
+            records.append(record._replace(op=fused.get(module, record.op)))
             within = path + "." * bool(path) if records[-1].implementation != "torch" else None
         elif isinstance(module, AdapterModule | NF4Linear):
             records.append(_explain_layer(path, module, x, fused.get(module)))

@@ -270,15 +270,16 @@ def test_scaling_that_is_a_tensor_is_read_at_every_call(seed):
     torch.testing.assert_close(layer(x) - base, 2 * (doubled - base), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @METHOD
-def test_gradient_checkpointing(method, seed):
+def test_gradient_checkpointing(method, use_reentrant, seed):
     from torch.utils.checkpoint import checkpoint
 
     model = peftkern.accelerate(adapted(dense(), CONFIGS[method]()))
     expected = step(model, rows())
     inner = copy.deepcopy(model)
     again = step(inner, rows())
-    inner.forward = lambda x: checkpoint(model.forward, x, use_reentrant=False)
+    inner.forward = lambda x: checkpoint(model.forward, x, use_reentrant=use_reentrant)
     model.zero_grad()
     y = inner.forward(rows())
     y.float().square().mean().backward()

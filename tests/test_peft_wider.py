@@ -137,6 +137,49 @@ def test_each_of_several_adapters_has_a_mask_of_its_own(seed):
     assert seen[0].norm() > 0.1 and seen[1].norm() < 1e-4
 
 
+# torch.compile
+
+
+def disabled() -> nn.Module:
+    model = adapted(dense(), lora())
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def merged() -> nn.Module:
+    model = adapted(dense(), lora())
+    model.merge_adapter()
+    return model
+
+
+def hooked() -> nn.Module:
+    model = adapted(dense(), lora())
+    model.base_model.model[0].lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+    return model
+
+
+COMPILED = {
+    **{method: lambda make=make: adapted(dense(), make()) for method, make in CONFIGS.items()},
+    **{f"{method} on Conv1D": lambda method=method: adapted(conv1d(), conv1d_config(method)) for method in CONFIGS},
+    "dropout": lambda: adapted(dense(), lora(lora_dropout=0.5)),
+    "several with dropout": lambda: several(0.5, 0.0),
+    "disabled": disabled,
+    "merged": merged,
+    "with hooks": hooked,
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_no_more_graph_breaks_than_peft_s(case, seed):
+    model = COMPILED[case]()
+    counts = []
+    for change in (peftkern.restore, peftkern.accelerate):
+        torch._dynamo.reset()
+        counts.append(torch._dynamo.explain(change(model))(rows()).graph_break_count)
+    assert counts[1] <= counts[0]
+    assert counts[1] == 0
+
+
 # Layers that are too small
 
 

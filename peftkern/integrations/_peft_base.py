@@ -21,6 +21,7 @@ from peftkern import backends
 from peftkern.integrations import _peft_small
 from peftkern.integrations._peft_small import TOO_SMALL
 from peftkern.nf4 import NF4Weight
+from peftkern.nn._fused_block import AdaptedProjection, Projects
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import Weight, computing_dtype
 from peftkern.ops.nf4_linear import nf4_linear
@@ -40,7 +41,7 @@ _CALLS = "_peftkern_calls"
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class Accelerated:
+class Accelerated(Projects):
     """Mixed into a PEFT layer's class: forward is one op unless there is an obstacle, then it is PEFT's own."""
 
     _obstacle: Callable[..., str]
@@ -57,6 +58,16 @@ class Accelerated:
         if not torch.compiler.is_compiling():
             calls_of(self)[obstacle or FAST] += 1
         return self._stock(x, *args, **kwargs) if obstacle else self._fast(x, **kwargs)
+
+    def projection(self, x: Tensor) -> AdaptedProjection | None:
+        return None
+
+    def probe(self) -> Tensor:
+        return probe_of(self, None)
+
+    def ran_fused(self) -> None:
+        if not torch.compiler.is_compiling():
+            calls_of(self)[FAST] += 1
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -100,6 +111,18 @@ def calls_of(layer: Any) -> Counter[str]:
     if counts is None:
         counts = layer.__dict__[_CALLS] = Counter()
     return counts
+
+
+def probe_of(layer: Any, x: Tensor | None) -> Tensor:
+    """An input like the one that a layer will get, without rows; x gives device and dtype."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", torch.empty(0))
+    state = getattr(weight, "quant_state", None)
+    dtype = getattr(base, "weight_dtype", weight.dtype) if state is None else state.dtype
+    if x is not None and x.is_floating_point():
+        dtype = x.dtype
+    device = weight.device if x is None else x.device
+    return torch.empty(0, layer.in_features, dtype=dtype, device=device)
 
 
 def forget_calls(layer: nn.Module) -> None:

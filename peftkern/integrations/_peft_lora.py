@@ -24,13 +24,16 @@ from peftkern.integrations._peft_base import (
     call_obstacle,
     hidden_obstacle,
     idle,
+    is_small,
     op_dtype,
     read_base,
     tensor_of,
     trains,
 )
 from peftkern.integrations.peft_merge import MergesNF4
-from peftkern.ops._linear import autocast
+from peftkern.nn._fused_block import AdaptedProjection
+from peftkern.ops._linear import autocast, computing_dtype
+from peftkern.ops._projections import Projection
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.lora_linear import lora_linear_native
 from peftkern.ops.multi_lora_linear import multi_lora_linear
@@ -176,6 +179,23 @@ def _adapter_obstacle(layer: Any, name: str, x: Tensor, dtype: torch.dtype) -> s
     return hidden_obstacle("lora_magnitude_vector", magnitude, [magnitude.weight], x)
 
 
+def projection(layer: Any, x: Tensor) -> AdaptedProjection | None:
+    """What the layer makes of x, as one of a block's; None where `lora_linear` would not run it alone."""
+    if x.dim() and x.shape[-1] != layer.in_features:  # an MLP's down projection gets something else, of x's dtype
+        x = x.new_empty(0, layer.in_features)
+    names = active(layer)
+    if len(names) != 1 or idle(layer, names) or _op_of(layer, names) != "lora_linear" or obstacle(layer, x, (), {}):
+        return None
+    base, adapter = read_base(layer.base_layer, x), parts_of(layer, names[0])
+    if base.keeps_dtype and not base.dtype == computing_dtype(x) == x.dtype:
+        return None
+    if x.numel() and is_small(layer, x):
+        return None
+    a, b = tensor_of(adapter.a, "weight"), tensor_of(adapter.b, "weight")
+    shared = Projection(base.weight, a, b, adapter.scaling, _bias([adapter], base))
+    return AdaptedProjection(shared, adapter.dropout_p)
+
+
 def fast(layer: Any, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
     """What PEFT's forward computes, by one op."""
     base = read_base(layer.base_layer, x)
@@ -249,7 +269,7 @@ class Linear(Accelerated, MergesNF4, lora.Linear):
     """lora.Linear: LoRA, rsLoRA, lora_bias, several adapters, DoRA."""
 
     _obstacle, _fast, _op = obstacle, fast, op
-    _usual_op, _drops = "lora_linear", drops
+    _usual_op, _drops, projection = "lora_linear", drops, projection
 
 
 ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear}
@@ -260,7 +280,7 @@ if is_bnb_4bit_available():
         """lora.Linear4bit, whose merge forgets to scale the bias of lora_B."""
 
         _obstacle, _fast, _op = obstacle, fast, op
-        _usual_op, _drops = "lora_linear", drops
+        _usual_op, _drops, projection = "lora_linear", drops, projection
         lora_bias: dict[str, bool]
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

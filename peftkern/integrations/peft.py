@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from peftkern import backends
+from peftkern.blocks import exchange_blocks
+from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
 
@@ -41,7 +42,7 @@ class Calls(NamedTuple):
     stock: Mapping[str, int]
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
     """Runs the LoRA, DoRA and (IA)^3 layers of HF PEFT in a model on `lora_linear`, `dora_linear` and `ia3_linear`.
 
     In place, for models of get_peft_model, PeftModel.from_pretrained, transformers' add_adapter and PeftMixedModel.
@@ -51,6 +52,11 @@ def accelerate(model: Model) -> Model:
 
     Also mended: `merge` on 4-bit layers scales `lora_bias`, (IA)^3 on 4-bit layers returns x's dtype, and bitsandbytes'
     eval path no longer repacks the 4-bit weights of these layers in place.
+
+    Args:
+        model: any module.
+        fuse_blocks: also run q, k and v, and gate, up and down, of the blocks that `peftkern.fuse_blocks` knows in one
+            op each, where all of them are such layers of LoRA. It saves memory, not time.
 
     Returns:
         The same model. Without PEFT's layers, or with a PEFT outside TESTED_VERSIONS, nothing changes but a warning.
@@ -65,11 +71,13 @@ def accelerate(model: Model) -> Model:
     elif _is_supported("accelerate"):
         for layer in layers:
             _accelerate_layer(layer)
+        if fuse_blocks and not exchange_blocks(model):
+            warnings.warn("accelerate: the model has no block to fuse; see peftkern.fuse_blocks", stacklevel=2)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`: every layer has PEFT's own class again. Other models stay as they are.
+    """Undoes `accelerate`: every layer and block has its own class again. Other models stay as they are.
 
     Returns:
         The same model.
@@ -78,7 +86,11 @@ def restore(model: Model) -> Model:
         TypeError: `model` is not an nn.Module.
     """
     _check_module("restore", model)
-    for _, layer in _accelerated_layers(model):
+    layers = [layer for _, layer in _accelerated_layers(model)]
+    for block in [module for module in model.modules() if isinstance(module, FusedBlock)]:
+        if any(getattr(block, name, None) in layers for name in block.projections):
+            block.undo()
+    for layer in layers:
         _restore_layer(layer)
     return model
 
@@ -152,11 +164,11 @@ def explain_layer(
         known = kind in _fast_classes() if _is_supported(None) else False
         reason = "peftkern.accelerate(model) has not been called" if known else f"no op for {kind.__module__} layers"
         return "linear", "torch", f"PEFT's own forward: {reason}"
-    from peftkern.integrations._peft_base import least_rows
+    from peftkern.integrations._peft_base import least_rows, probe_of
 
     accelerated: Any = layer
     call = {} if adapter_names is None else {"adapter_names": adapter_names}
-    op, probe = accelerated._op(**call), _probe(accelerated, x)
+    op, probe = accelerated._op(**call), probe_of(accelerated, x)
     probe = probe if adapter_names is None else probe.expand(len(adapter_names), 0, -1)
     fast, stock = _calls_of(layer)
     ran = f"; ran {fast} times, PEFT's own {sum(stock.values())} times"
@@ -170,18 +182,6 @@ def explain_layer(
     rows = least_rows(accelerated, probe)
     small = f"; PEFT's own below {rows} rows of x, where torch is faster" if rows > 1 else ""
     return op, implementation, reason + small + ran
-
-
-def _probe(layer: Any, x: Tensor | None) -> Tensor:
-    """An input like the one that a layer will get, without rows."""
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", torch.empty(0))
-    state = getattr(weight, "quant_state", None)
-    dtype = getattr(base, "weight_dtype", weight.dtype) if state is None else state.dtype
-    if x is not None and x.is_floating_point():
-        dtype = x.dtype
-    device = weight.device if x is None else x.device
-    return torch.empty(0, layer.in_features, dtype=dtype, device=device)
 
 
 def _calls_of(layer: nn.Module) -> Calls:

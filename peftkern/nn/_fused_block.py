@@ -21,6 +21,21 @@ Block = TypeVar("Block", bound="FusedBlock")
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[FusedBlock]] = {}
 
 
+class Projects:
+    """Mixed into a linear layer of another library that a block may run in one op with others on the same x."""
+
+    def projection(self, x: Tensor) -> AdaptedProjection | None:
+        """What the layer makes of x; None if its own forward has to run."""
+        raise NotImplementedError
+
+    def probe(self) -> Tensor:
+        """An input like those that the layer gets, without rows."""
+        raise NotImplementedError
+
+    def ran_fused(self) -> None:
+        """Called whenever a block has run the layer."""
+
+
 class FusedBlock(nn.Module):
     """A block that `from_block` changed in place: its class became a subclass of this one and of its own class.
 
@@ -35,10 +50,8 @@ class FusedBlock(nn.Module):
     def fused_layers(self) -> list[nn.Module]:
         """The projections that run in `op` now; empty if the block's own forward runs each."""
         layers = [getattr(self, name) for name in self.projections]
-        base = layers[0].base_layer if isinstance(layers[0], LoRALinear) else layers[0]
-        if not isinstance(base, nn.Linear):
-            return []
-        return [] if fusable(layers, torch.empty(0, dtype=weight_dtype(base))) is None else layers
+        probe = _probe_of(layers)
+        return [] if probe is None or fusable(layers, probe) is None else layers
 
     def undo(self) -> nn.Module:
         """Gives the block its former class back.
@@ -87,6 +100,13 @@ def _rebuilt(fused: type[FusedBlock], block_class: type[nn.Module]) -> FusedBloc
     return cls.__new__(cls)
 
 
+class AdaptedProjection(NamedTuple):
+    """A projection, and the dropout of its adapter; None without one."""
+
+    projection: Projection
+    dropout_p: float | None
+
+
 class Fusable(NamedTuple):
     """What the projections of a block amount to at this call."""
 
@@ -96,24 +116,37 @@ class Fusable(NamedTuple):
 
 def fusable(layers: Sequence[nn.Module], x: Tensor) -> Fusable | None:
     """The layers as projections of x; None if one has something of its own to do, or if none has an adapter."""
-    parts = [_projection_of(layer, x) for layer in layers]
-    dropouts = {
-        layer.settings[layer.active_adapter].dropout if layer.training else 0.0
-        for layer, part in zip(layers, parts)
-        if part is not None and part.lora_a is not None and isinstance(layer, LoRALinear) and layer.active_adapter
-    }
-    projections = [part for part in parts if part is not None]
-    if len(projections) < len(parts) or len(dropouts) != 1 or torch_module._has_any_global_hook():
+    parts = [part for part in (_projection_of(layer, x) for layer in layers) if part is not None]
+    dropouts = {part.dropout_p for part in parts} - {None}
+    if len(parts) < len(layers) or len(dropouts) != 1 or torch_module._has_any_global_hook():
         return None
-    return Fusable(projections, dropouts.pop())
+    return Fusable([part.projection for part in parts], cast(float, dropouts.pop()))
 
 
-def _projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
+def ran_fused(layers: Sequence[nn.Module]) -> None:
+    """Tells the layers that a block has run them."""
+    for layer in layers:
+        if isinstance(layer, Projects):
+            layer.ran_fused()
+
+
+def _probe_of(layers: Sequence[nn.Module]) -> Tensor | None:
+    """An input like those that the layers get; None if none of them is known."""
+    for layer in layers:
+        if isinstance(layer, Projects):
+            return layer.probe()
+    base = layers[0].base_layer if isinstance(layers[0], LoRALinear) else layers[0]
+    return torch.empty(0, dtype=weight_dtype(base)) if isinstance(base, nn.Linear) else None
+
+
+def _projection_of(layer: nn.Module, x: Tensor) -> AdaptedProjection | None:
     """None where calling the layer may do more than the product, or something else."""
     if any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in vars(layer):
         return None
+    if isinstance(layer, Projects):
+        return layer.projection(x)
     base: nn.Module = layer
-    lora_a = lora_b = None
+    lora_a = lora_b = dropout_p = None
     scaling: float | Tensor = 0.0
     if type(layer) is LoRALinear:
         if layer.batch is not None:
@@ -122,11 +155,13 @@ def _projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
         if layer.effective_layer is None:
             name = cast(str, layer.active_adapter)
             (lora_a, lora_b), scaling = layer.factors(name), layer.scaling[name]
+            dropout_p = layer.settings[name].dropout if layer.training else 0.0
     if type(base) is NF4Linear:
         takes = base.compute_dtype in (None, x.dtype)
-        return Projection(base.nf4, lora_a, lora_b, scaling, base.bias) if takes else None
+        projection = Projection(base.nf4, lora_a, lora_b, scaling, base.bias)
+        return AdaptedProjection(projection, dropout_p) if takes else None
     if type(base) is not nn.Linear:
         return None
     if base is layer and x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None  # torch raises
-    return Projection(base.weight, lora_a, lora_b, scaling, base.bias)
+    return AdaptedProjection(Projection(base.weight, lora_a, lora_b, scaling, base.bias), dropout_p)

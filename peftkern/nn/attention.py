@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftkern.nn._fused_block import FusedBlock, exchanged, fusable
+from peftkern.nn._fused_block import FusedBlock, exchanged, fusable, ran_fused
 from peftkern.ops.lora_qkv import lora_qkv
 
 
@@ -67,9 +67,11 @@ class _Sharing:
 
 def _shared(block: LoRAAttention, x: Tensor) -> dict[str, Tensor]:
     """What each projection makes of x; nothing if they cannot run together."""
-    fused = fusable([getattr(block, name) for name in block.projections], x)
+    layers = [getattr(block, name) for name in block.projections]
+    fused = fusable(layers, x)
     if fused is None:
         return {}
+    ran_fused(layers)
     weights, lora_as, lora_bs, scalings, biases = zip(*fused.projections)
     ys = lora_qkv(x, weights, lora_as, lora_bs, scalings, biases, fused.dropout_p, training=True)
     return dict(zip(block.projections, ys))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from peftkern.nn._fused_block import FusedBlock, exchanged, fusable
+from peftkern.nn._fused_block import FusedBlock, exchanged, fusable, ran_fused
 from peftkern.ops.lora_mlp import lora_mlp
 
 # torch's and transformers' classes; NewGELUActivation is GELUTanh's formula.
@@ -56,6 +56,7 @@ class LoRAMLP(FusedBlock):
         fused = None if activation is None else fusable(layers, x)
         if activation is None or fused is None:
             return self.block_class.forward(self, x)
+        ran_fused(layers)
         (gate, *_), (up, *_), (down, *_) = fused.projections
         adapters = [
             None if p.lora_a is None or p.lora_b is None else (p.lora_a, p.lora_b, p.scaling) for p in fused.projections
