@@ -151,4 +151,4 @@ def test_configurations_launch_every_kernel(module: str) -> None:
         for name, value in vars(importlib.import_module(f"peftkern.ops.{module}")).items()
         if hasattr(value, "arg_names") and value.__module__.endswith(module) and name.startswith("_")
     }
-    assert kernels == {each.kernel.__name__ for each in launches(module)}
+    assert kernels <= {each.kernel.__name__ for each in launches(module)}
