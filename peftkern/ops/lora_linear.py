@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern.ops._autograd import differentiable
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     NUMBER,
@@ -29,6 +28,7 @@ from peftkern.ops._linear import (
     native_weight,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def lora_linear_reference(
@@ -74,7 +74,7 @@ def lora_linear(
         scaling: a number or a 0-d tensor, read at every call (LoRA: alpha / rank).
         bias: [out], optional.
         dropout_p: probability of dropping an element of x on the low-rank path, used if `training`.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, scaling, bias and a dense weight.
@@ -85,10 +85,11 @@ def lora_linear(
     check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
     dropout_p = dropout_p if training else 0.0
-    if backends.choose("lora_linear", x, backend).implementation == "reference":
-        seed = draw_seed() if dropout_p > 0 else None
+    implementation = backends.choose("lora_linear", x, backend).implementation
+    if implementation == "reference":
+        seed = draw_seed(x.device) if dropout_p > 0 else None
         return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
-    return lora_linear_native(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+    return lora_linear_native(x, weight, lora_a, lora_b, scaling, bias, dropout_p, implementation)
 
 
 def lora_linear_native(
@@ -99,13 +100,14 @@ def lora_linear_native(
     scaling: float | Tensor,
     bias: Tensor | None,
     dropout_p: float,
+    implementation: str = "cpu",
 ) -> Tensor:
     """`lora_linear` on the kernels, with dropout, for arguments that have been checked and x and bias that are cast."""
     if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
         lora_b, scaling = lora_b.float() * scaling, 1.0
-    seed = draw_seed() if dropout_p > 0 else None
-    native = native_weight(weight)
-    y, _ = _lora_linear(x, *native, weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)
+    seed = draw_seed(x.device) if dropout_p > 0 else None
+    run = NAMESPACES[implementation].lora_linear
+    y, _ = run(x, *native_weight(weight), weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)
     return y
 
 
@@ -149,7 +151,6 @@ def check_dropout(op: str, dropout_p: Any) -> None:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
 
 
-@torch.library.register_fake("peftkern::lora_linear")
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -170,7 +171,6 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features)), h
 
 
-@torch.library.register_fake("peftkern::lora_linear_backward")
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -207,14 +207,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, h, *weight, lora_a, lora_b, seed = ctx.saved_tensors
     block_size, scaling, dropout_p = ctx.scalars
     needs = ctx.needs_input_grad
     need_x, need_weight, need_a, need_b, need_bias = needs[0], needs[1], needs[8], needs[9], needs[11]
     grad_x = grad_weight = grad_a = grad_b = grad_bias = None
     if need_x or need_a or need_b:
-        grad_x, grad_a, grad_b = _lora_linear_backward(
+        grad_x, grad_a, grad_b = ops.lora_linear_backward(
             grad_y, x, h, *weight, block_size, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
         )
     if need_weight:
@@ -234,5 +234,5 @@ def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-_lora_linear = differentiable("lora_linear", _backward, _setup_context)
-_lora_linear_backward = differentiable("lora_linear_backward", raise_double_backward("lora_linear"))
+register("lora_linear", _fake, _backward, _setup_context, triton="lora_linear_triton")
+register("lora_linear_backward", _fake_backward, raise_double_backward("lora_linear"), triton="lora_linear_triton")
