@@ -58,7 +58,7 @@ def test_every_public_function(quantized):
     calls = {
         peftkern.nf4_linear: (torch.zeros(3, 16), q),
         peftkern.lora_linear: lora_arguments(),
-        peftkern.multi_lora_linear: (torch.zeros(3, 16), q, [], [], [], torch.full((3,), -1)),
+        peftkern.multi_lora_linear: (torch.zeros(3, 16), q, [], [], [], torch.tensor(-1)),
         peftkern.lora_qkv: (torch.zeros(3, 16), [q], [None], [None], [1.0]),
         peftkern.lora_mlp: (torch.zeros(3, 16), q, q, torch.zeros(4, 8), {}),
         peftkern.dora_linear: (*lora_arguments(), torch.ones(lora_arguments()[1].shape[0])),

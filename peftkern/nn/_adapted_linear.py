@@ -79,7 +79,7 @@ class AdaptedLinear(AdapterModule):
         """The plain layer that forward runs; None when it runs base and adapter in one op."""
         if self._enabled and self._merged is not None:
             return self._merged.layer
-        return None if self._enabled and self._active is not None else self.base_layer
+        return None if self._enabled and self._adapts() else self.base_layer
 
     @property
     def method_name(self) -> str:
@@ -118,6 +118,10 @@ class AdaptedLinear(AdapterModule):
             return _run_plain(layer, input)
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, NF4Linear) else None
         return self._adapted(input) if dtype is None else self._adapted(input.to(dtype)).to(input.dtype)
+
+    def _adapts(self) -> bool:
+        """Whether there is an adapter to compute with."""
+        return self._active is not None
 
     def _adapted(self, x: Tensor) -> Tensor:
         """Base and active adapter in one op."""

@@ -82,11 +82,10 @@ class LoRALinear(LowRankLinear):
     def op(self) -> str:
         return super().op if self.batch is None else "multi_lora_linear"
 
-    @property
-    def effective_layer(self) -> nn.Linear | None:
-        if self.batch is None or not self._enabled:
-            return super().effective_layer
-        return None if any(name in self.settings for name in self.batch) else self.base_layer
+    def _adapts(self) -> bool:
+        if self.batch is None:
+            return self._active is not None
+        return any(name in self.settings for name in self.batch)
 
     def _adapted(self, x: Tensor) -> Tensor:
         if self.batch is not None:
