@@ -152,7 +152,7 @@ def test_decode_plan(host: CDLL, device: str, rows: int, out_features: int, in_f
     assert 1 <= plan.ctas <= ceil_divide(out_features, tile_rows)
     columns = 4 if rows <= 4 else 8
     assert 65536 + 1024 + plan.warps * columns * tile_rows * 4 <= traits.shared_bytes
-    assert not (plan.warps == 16 and plan.row_tiles == 2 and columns == 8), "its registers do not suffice"
+    assert plan.row_tiles == 1 or rows <= 4
 
 
 def test_decode_plan_fills_the_device(host: CDLL) -> None:

@@ -16,6 +16,10 @@ KERNELS = (
     *("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_linear_decode", "lora_down", "split_sum"),
     *("nf4_gemm_sm80", "nf4_gemm_backward_sm80", "nf4_gemm_sm90", "nf4_gemm_backward_sm90"),
 )
+# Of decode: how many masks of 4 rows of x, and how many tiles of 16 rows of the weight.
+KINDS = ((1, 1), (1, 2), (2, 1))
+# For a weight. Reading codes at 4.3 TB/s leaves time for 3.7 on an H200; with eight rows of x it is over that.
+MOST_INSTRUCTIONS = {(1, 1): 3.7, (1, 2): 3.0, (2, 1): 4.2}
 
 pytestmark = [
     pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels: no nvcc"),
@@ -77,7 +81,9 @@ def test_dequantize(kernels: dict[str, Kernel]) -> None:
 
 def test_decode(kernels: dict[str, Kernel]) -> None:
     found = named(kernels, "nf4_linear_decode")
-    assert set(found) == set(product((1, 2), (1, 2), (1, 2), (0, 1)))
+    assert set(found) == {
+        (d, *masks_and_tiles, nested) for d, masks_and_tiles, nested in product((1, 2), KINDS, (0, 1))
+    }
     for (_, masks, tiles, _), kernel in found.items():
         loop = kernel.loop("HMMA")
         weights = 64 * tiles
@@ -87,8 +93,7 @@ def test_decode(kernels: dict[str, Kernel]) -> None:
         # Two weights for one permutation and one load.
         assert kernel.count("PRMT", loop) <= weights // 2 + 8 * tiles
         assert weights // 2 <= kernel.count("LDS", loop) <= weights // 2 + 4 * tiles
-        # A half of it is both ways to read a scale, of which one is taken, and the step to the next tile.
-        assert len(loop) / weights <= {1: 4.5, 2: 3.9}[tiles]
+        assert len(loop) / weights <= MOST_INSTRUCTIONS[masks, tiles]
 
 
 def test_quantize(kernels: dict[str, Kernel]) -> None:

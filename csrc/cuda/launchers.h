@@ -58,13 +58,13 @@ struct CudaLinear {
     float* partials;  // [splits, rows, out_features] where splits > 1
 };
 
-// h = x lora_a^T in fp32, at most 8 rows of bf16 or fp16.
+// h = x lora_a^T in fp32: at most 8 rows of bf16 or fp16, in_features % 8 == 0, both 16-byte aligned.
 struct CudaLoraDown {
     const void* x;  // [rows, in_features], rows x_stride elements apart
     int64_t x_stride, rows, in_features;
     Dtype dtype;
     const void* lora_a;  // [rank, in_features]
-    Dtype lora_a_dtype;
+    Dtype lora_a_dtype;  // fp32 or x's
     int rank;
     float* h;  // [rows, rank]
 };

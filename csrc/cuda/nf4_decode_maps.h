@@ -17,6 +17,7 @@ constexpr int kDecodeGroup = 128;
 constexpr int kDecodeHalf = 64;
 constexpr int kDecodeTile = 16;     // rows of the weight in one mma; a lane decodes two, 8 apart
 constexpr int kDecodeProducts = 8;  // mma of a group
+constexpr int kDecodeMostWarps = 16;
 
 PEFTKERN_BOTH int decode_weight_row(int lane) {
     return lane >> 2;
@@ -49,11 +50,6 @@ struct DecodePlan {
     int ctas;  // of each split; they go round the tiles
 };
 
-// A lane of 16 warps has 128 registers, too few for two tiles and two masks.
-constexpr int decode_most_warps(int masks, int row_tiles) {
-    return masks == 2 && row_tiles == 2 ? 8 : 16;
-}
-
 // Bytes in flight hide the memory's latency, so an SM should have 16 warps with work: CTAs of 16 warps where the rows
 // are few or the memory for the look-up table suffices for one CTA only, else of 8. Where even single tiles are too few
 // for the SMs, the contraction is split. A function of shape and device, so that a call always gives the same bits.
@@ -65,8 +61,8 @@ inline DecodePlan decode_plan(int64_t rows, int64_t out_features, int64_t in_fea
     const int64_t groups = (in_features + kDecodeGroup - 1) / kDecodeGroup;
     DecodePlan plan;
     const bool one_cta = device.shared_bytes < 2 * kPairTableBytes;
-    const int masks = rows > kDecodeMaskRows ? 2 : 1;
-    plan.row_tiles = tiles_of(2) >= 2 * sms && !(one_cta && decode_most_warps(masks, 2) < 16) ? 2 : 1;
+    // Two tiles share the loads of x, but with eight rows of x they need more registers than 16 warps have.
+    plan.row_tiles = rows <= kDecodeMaskRows && tiles_of(2) >= 2 * sms ? 2 : 1;
     const int64_t tiles = tiles_of(plan.row_tiles);
     plan.warps = one_cta || (plan.row_tiles == 1 && tiles <= 2 * sms) ? 16 : 8;
     int64_t splits = 1;

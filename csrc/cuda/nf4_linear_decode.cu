@@ -115,7 +115,7 @@ struct Shared {
 };
 
 template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
-__global__ void __launch_bounds__(decode_most_warps(kMasks, kRowTiles) * kLanes)
+__global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
     nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
     constexpr int kTileRows = kRowTiles * kDecodeTile, kXRows = kMasks * kDecodeMaskRows;
@@ -218,7 +218,7 @@ cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int dev
     constexpr auto kernel = nf4_linear_decode<kDtype, kMasks, kRowTiles, kNested>;
     constexpr int kWarpSums = kMasks * kDecodeMaskRows * kRowTiles * kDecodeTile * static_cast<int>(sizeof(float));
     constexpr int kFixedBytes = offsetof(Shared, sums);
-    cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + decode_most_warps(kMasks, kRowTiles) * kWarpSums);
+    cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + kDecodeMostWarps * kWarpSums);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(plan.splits));
     const dim3 block(static_cast<unsigned>(plan.warps * kLanes));
@@ -228,11 +228,9 @@ cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int dev
 
 template <Dtype kDtype, bool kNested>
 cudaError_t launch_scales(const CudaLinear& task, const DecodePlan& plan, int device, cudaStream_t stream) {
-    if (task.rows <= kDecodeMaskRows)
-        return plan.row_tiles == 1 ? launch_tiles<kDtype, 1, 1, kNested>(task, plan, device, stream)
-                                   : launch_tiles<kDtype, 1, 2, kNested>(task, plan, device, stream);
-    return plan.row_tiles == 1 ? launch_tiles<kDtype, 2, 1, kNested>(task, plan, device, stream)
-                               : launch_tiles<kDtype, 2, 2, kNested>(task, plan, device, stream);
+    if (task.rows > kDecodeMaskRows) return launch_tiles<kDtype, 2, 1, kNested>(task, plan, device, stream);
+    return plan.row_tiles == 1 ? launch_tiles<kDtype, 1, 1, kNested>(task, plan, device, stream)
+                               : launch_tiles<kDtype, 1, 2, kNested>(task, plan, device, stream);
 }
 
 template <Dtype kDtype>
@@ -247,7 +245,9 @@ cudaError_t launch_dtype(const CudaLinear& task, const DecodePlan& plan, int dev
 int peftkern::peftkern_cuda_nf4_linear_decode(const CudaLinear* task, const DecodePlan* plan, int device,
                                               void* stream) {
     if (task->rows == 0 || task->out_features == 0) return cudaSuccess;
-    if (task->rows > kDecodeRows || task->dtype == Dtype::kFloat32) return cudaErrorInvalidValue;
+    const int most_tiles = task->rows > kDecodeMaskRows ? 1 : 2;
+    if (task->rows > kDecodeRows || task->dtype == Dtype::kFloat32 || plan->row_tiles > most_tiles)
+        return cudaErrorInvalidValue;
     const cudaError_t error = task->dtype == Dtype::kBFloat16
                                   ? launch_dtype<Dtype::kBFloat16>(*task, *plan, device, stream_of(stream))
                                   : launch_dtype<Dtype::kFloat16>(*task, *plan, device, stream_of(stream));
