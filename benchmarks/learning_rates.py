@@ -1,8 +1,8 @@
 """Which peak learning rate suits each method: `python -m benchmarks.learning_rates --output FILE.json`.
 
 Trains the tasks of `peftkern compare` at several rates around each method's default, and writes what each reached. The
-defaults of peftkern/cli/presets.py are read off it. Only qualities are recorded: the machine may be busy. Rows of other
-methods that the file holds already stay.
+defaults of peftkern/cli/presets.py are read off it. Only qualities are recorded: the machine may be busy. The
+file's rows of other rates and methods stay.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     if args.output is not None and args.output.exists():
-        rows = [row for row in json.loads(args.output.read_text())["rows"] if row["method"] not in args.methods]
+        rows = json.loads(args.output.read_text())["rows"]
     command = recorded_command(arguments).replace("benchmarks.run", "benchmarks.learning_rates")
     report = {"machine": machine(), "commit": commit(), "command": command, "rows": rows}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                     default = super(type(task), task).learning_rate(method)
                     at = type(task)(**{**vars(task), "rate": default * factor})
                     row = {"task": name, "method": method, "default": default, "learning_rate": at.rate}
+                    rows[:] = [other for other in rows if not row.items() <= other.items()]
                     rows.append({**row, task.quality_name: quality_at(at, method)})
                     print(rows[-1], file=sys.stderr, flush=True)
             if args.output is not None:
