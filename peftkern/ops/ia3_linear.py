@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._linear import (
     Weight,
     accumulate_dtype,
@@ -24,6 +23,7 @@ from peftkern.ops._linear import (
     native_weight,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def ia3_linear_reference(
@@ -55,7 +55,7 @@ def ia3_linear(
         scale: l [out], or [in] with scale_input; x's dtype or fp32. Ones are the identity.
         bias: [out], optional.
         scale_input: scale x instead of the output, as (IA)^3 does in the feed-forward block.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, scale and bias. Where the output is scaled, y is kept for backward
@@ -75,17 +75,18 @@ def ia3_linear(
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight must be frozen, got one that requires grad")
     x, bias = autocast(x, bias)
-    if backends.choose(op, x, backend).implementation == "reference":
+    implementation = backends.choose(op, x, backend).implementation
+    if implementation == "reference":
         return ia3_linear_reference(x, weight, scale, bias, scale_input)
-    return ops.ia3_linear(x, *native_weight(weight), out_features, scale.float(), bias, scale_input)
+    return NAMESPACES[implementation].ia3_linear(
+        x, *native_weight(weight), out_features, scale.float(), bias, scale_input
+    )
 
 
-@torch.library.register_fake("peftkern::ia3_linear")
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], arguments[6]))
 
 
-@torch.library.register_fake("peftkern::ia3_linear_backward")
 def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     scale, _, _, need_x, need_scale = arguments[8:]
     return (
@@ -100,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.scalars = block_size, scale_input
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *weight, scale, bias = ctx.saved_tensors
     block_size, scale_input = ctx.scalars
     need_x, need_scale, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[8], ctx.needs_input_grad[9]
@@ -121,5 +122,5 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::ia3_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::ia3_linear_backward", raise_double_backward("ia3_linear"))
+register("ia3_linear", _fake, _backward, _setup_context, triton="ia3_linear_triton")
+register("ia3_linear_backward", _fake_backward, raise_double_backward("ia3_linear"), triton="ia3_linear_triton")
