@@ -14,6 +14,7 @@ Where the base is dropped as well (dropout_mode="peft", what HF PEFT computes), 
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -32,6 +32,7 @@ from peftkern.ops._linear import (
     native_weight,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 from peftkern.ops.lora_linear import check_lora
 
 DropoutMode = Literal["peft", "lora_only"]
@@ -69,10 +70,13 @@ def dora_linear_reference(
     return (y if bias is None else y + bias.to(compute)).to(x.dtype)
 
 
-def weight_square_norm(weight: Weight) -> Tensor:
-    """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight); without a dense NF4 weight on the CPU."""
-    if weight.device.type == "cpu" and weight.dtype in backends.CPU_DTYPES:
-        return ops.dora_linear_square_norm(*native_weight(weight), *weight.shape)
+def weight_square_norm(weight: Weight, *, backend: str | None = None) -> Tensor:
+    """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight); without a dense NF4 weight on the kernels."""
+    parts = native_weight(weight)
+    probe = parts[0].new_empty(0, dtype=weight.dtype)
+    implementation = backends.choose("dora_norm", probe, backend).implementation
+    if implementation != "reference":
+        return NAMESPACES[implementation].dora_linear_square_norm(*parts, *weight.shape)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return dense_weight(weight, wide).detach().square().sum(1)
 
@@ -98,23 +102,24 @@ def dora_norm(
         square_norm: `weight_square_norm(weight)`, if it is at hand: it never changes.
         dtype: of the activations. With bf16 the products A W^T are bf16 dot products where the CPU has them; rows whose
             norm is much smaller than W's are computed directly.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
     probe = lora_a.new_empty((0, weight.shape[1]), dtype=dtype if dtype != torch.float64 else lora_a.dtype)
     check_lora("dora_norm", probe, weight, lora_a, lora_b, scaling, None, 0.0)
-    if backends.choose("dora_norm", probe, backend).implementation == "reference":
+    implementation = backends.choose("dora_norm", probe, backend).implementation
+    if implementation == "reference":
         compute = accumulate_dtype(probe)
         change = scaling * (lora_b.to(compute) @ lora_a.to(compute))
         return torch.linalg.vector_norm(dense_weight(weight, compute) + change, dim=1)
     if square_norm is None:
-        square_norm = weight_square_norm(weight)
+        square_norm = weight_square_norm(weight, backend=implementation)
     check_tensor("dora_norm", "square_norm", square_norm, (torch.float32,), lora_a.device)
     if isinstance(scaling, Tensor):
         lora_b, scaling = lora_b.float() * scaling, 1.0
-    native = native_weight(weight)
+    native, ops = native_weight(weight), NAMESPACES[implementation]
     return ops.dora_linear_norm(*native, lora_a, lora_b, scaling, square_norm, dtype == torch.bfloat16)
 
 
@@ -149,7 +154,7 @@ def dora_linear(
         dropout_mode: "peft" drops the input of the base product that is scaled as well, which is HF PEFT's formula and
             takes two base products; "lora_only" drops the low-rank path alone, in one.
         detach_norm: treat the norm as a constant in backward (section 4.3 of the paper; what HF PEFT does).
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, magnitude, scaling and bias, not in the weight.
@@ -169,8 +174,9 @@ def dora_linear(
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight must be frozen, got one that requires grad")
     x, bias = autocast(x, bias)
-    seed = draw_seed() if training and dropout_p > 0 else None
-    if backends.choose(op, x, backend).implementation == "reference":
+    seed = draw_seed(x.device) if training and dropout_p > 0 else None
+    implementation = backends.choose(op, x, backend).implementation
+    if implementation == "reference":
         return dora_linear_reference(
             x, weight, lora_a, lora_b, magnitude, scaling, bias, dropout_p, seed, dropout_mode, detach_norm, norm
         )
@@ -178,10 +184,10 @@ def dora_linear(
         lora_b, scaling = lora_b.float() * scaling, 1.0
     if norm is None:
         a, b = (lora_a.detach(), lora_b.detach()) if detach_norm else (lora_a, lora_b)
-        norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend="cpu")
+        norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend=implementation)
     scale = magnitude.float() / (norm.detach() if detach_norm else norm)
     need_z = torch.is_grad_enabled() and scale.requires_grad
-    y, _, _ = ops.dora_linear(
+    y, _, _ = NAMESPACES[implementation].dora_linear(
         x,
         *native_weight(weight),
         out_features,
@@ -198,18 +204,15 @@ def dora_linear(
     return y
 
 
-@torch.library.register_fake("peftkern::dora_linear_square_norm")
 def _fake_square_norm(weight: Tensor, *arguments: Any) -> Tensor:
     return weight.new_empty(arguments[5], dtype=torch.float32)
 
 
-@torch.library.register_fake("peftkern::dora_linear_norm")
 def _fake_norm(weight: Tensor, *arguments: Any) -> Tensor:
     lora_b = arguments[6]
     return lora_b.new_empty(lora_b.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("peftkern::dora_linear_norm_backward")
 def _fake_norm_backward(grad_norm: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     lora_a, lora_b = arguments[7:9]
     return torch.empty_like(lora_a).contiguous(), torch.empty_like(lora_b).contiguous()
@@ -221,7 +224,7 @@ def _setup_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.scalars = block_size, scaling
 
 
-def _norm_backward(ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_backward(ops: Any, ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
     norm, *weight, lora_a, lora_b = ctx.saved_tensors
     block_size, scaling = ctx.scalars
     grads = ops.dora_linear_norm_backward(grad_norm, norm, *weight, block_size, lora_a, lora_b, scaling)
@@ -229,7 +232,6 @@ def _norm_backward(ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
     return *(None,) * 6, grad_a, grad_b, None, None, None
 
 
-@torch.library.register_fake("peftkern::dora_linear")
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -254,7 +256,6 @@ def _fake(
     return y, h, x.new_empty(y.shape if need_z else (0,))
 
 
-@torch.library.register_fake("peftkern::dora_linear_backward")
 def _fake_backward(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lora_a, lora_b = arguments[8:10]
     need_x, need_a, need_b, need_scale = arguments[-4:]
@@ -275,7 +276,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, h, z, *weight, lora_a, lora_b, scale, seed = ctx.saved_tensors
     block_size, scaling, dropout_p, drop_base, need_z = ctx.scalars
     needs = ctx.needs_input_grad
@@ -305,7 +306,12 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::dora_linear_norm", _norm_backward, setup_context=_setup_norm)
-torch.library.register_autograd("peftkern::dora_linear", _backward, setup_context=_setup_context)
-for _op in ("dora_linear_norm_backward", "dora_linear_backward"):
-    torch.library.register_autograd(f"peftkern::{_op}", raise_double_backward("dora_linear"))
+_register = partial(register, triton="dora_linear_triton")
+_raise = raise_double_backward("dora_linear")
+_register("dora_linear_square_norm", _fake_square_norm)
+_register("dora_linear_norm", _fake_norm, _norm_backward, _setup_norm)
+_register("dora_linear_norm_backward", _fake_norm_backward, _raise)
+_register("dora_linear", _fake, _backward, _setup_context)
+_register("dora_linear_backward", _fake_backward, _raise)
+# The name under which `dora_norm` chooses.
+backends.TRITON_OPS.add("dora_norm")

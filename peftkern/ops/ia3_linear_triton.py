@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._triton import codebook, launch, meta_nf4
-from peftkern.ops._triton_linear import (
+from peftkern.ops._linear_triton import (
     PASS_COLUMNS,
     Base,
     dot_operand,
@@ -24,6 +23,7 @@ from peftkern.ops._triton_linear import (
     sum_parts,
     weight_tile,
 )
+from peftkern.ops._triton import codebook, launch, meta_nf4
 
 ZERO_ROWS, ZERO_COLUMNS = 64, 64
 
