@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._linear import (
     FLOATING,
     NUMBER,
@@ -31,6 +30,7 @@ from peftkern.ops._linear import (
     computing_dtype,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -80,7 +80,7 @@ def bottleneck_adapter(
         activation: f, "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh".
         scaling: a number or a 0-d tensor, read at every call.
         residual: x's shape, in its dtype or fp32; x by default.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., d] in x's dtype. Differentiable in every tensor.
@@ -90,12 +90,14 @@ def bottleneck_adapter(
     """
     check_bottleneck("bottleneck_adapter", x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     x, _ = autocast(x, None)
-    if backends.choose("bottleneck_adapter", x, backend).implementation == "reference":
+    implementation = backends.choose("bottleneck_adapter", x, backend).implementation
+    if implementation == "reference":
         return bottleneck_adapter_reference(
             x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual
         )
     if isinstance(scaling, Tensor):  # folded into U and its bias: torch differentiates it
         up_weight, up_bias, scaling = up_weight.float() * scaling, up_bias.float() * scaling, 1.0
+    ops = NAMESPACES[implementation]
     y, _ = ops.bottleneck_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     return y
 
@@ -155,7 +157,6 @@ def check_bottleneck(
             raise ValueError(f"{op}: residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
 
 
-@torch.library.register_fake("peftkern::bottleneck_adapter")
 def _fake(
     x: Tensor,
     down_weight: Tensor,
@@ -170,7 +171,6 @@ def _fake(
     return x.new_empty(x.shape), z
 
 
-@torch.library.register_fake("peftkern::bottleneck_adapter_backward")
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -197,7 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * 5
     if any(needs[:5]):
@@ -206,5 +206,10 @@ def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *grads, None, None, grad_y.to(ctx.residual_dtype) if needs[7] else None
 
 
-torch.library.register_autograd("peftkern::bottleneck_adapter", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::bottleneck_adapter_backward", raise_double_backward("bottleneck_adapter"))
+register("bottleneck_adapter", _fake, _backward, _setup_context, triton="bottleneck_adapter_triton")
+register(
+    "bottleneck_adapter_backward",
+    _fake_backward,
+    raise_double_backward("bottleneck_adapter"),
+    triton="bottleneck_adapter_triton",
+)
