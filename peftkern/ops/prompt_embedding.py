@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._linear import FLOATING, raise_double_backward
+from peftkern.ops._registration import NAMESPACES, register
 
 OP = "prompt_embedding"
 IGNORED_LABEL = -100
@@ -101,7 +101,7 @@ def prompt_embedding(
             gets 0 to rows - 1, and the given ones move by rows.
         prompt_places: [rows] or [batch, rows], int64 or int32, ascending: where in the output the prompt's rows go (the
             templates of P-tuning, arXiv 2103.10385); by default first.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         PromptedInputs(inputs_embeds, attention_mask, labels, position_ids), each [batch, rows + tokens, ...];
@@ -119,9 +119,10 @@ def prompt_embedding(
     prompt_places = None if prompt_places is None else prompt_places.long()
     position_ids = None if position_ids is None else position_ids.expand(batch, -1)
     inputs = input_ids, embedding_weight, prompt, prompt_ids, attention_mask, labels, position_ids, prompt_places
-    if backends.choose(OP, embedding_weight, backend).implementation == "reference":
+    implementation = backends.choose(OP, embedding_weight, backend).implementation
+    if implementation == "reference":
         return prompt_embedding_reference(*inputs)
-    embeds, mask, targets, positions = ops.prompt_embedding(*inputs)
+    embeds, mask, targets, positions = NAMESPACES[implementation].prompt_embedding(*inputs)
     return PromptedInputs(
         embeds,
         None if attention_mask is None else mask,
@@ -200,7 +201,6 @@ def _check_range(name: str, ids: Tensor, count: int) -> None:
             raise ValueError(f"{OP}: {name} must be from 0 to {count - 1}, got {low if low < 0 else high}")
 
 
-@torch.library.register_fake("peftkern::prompt_embedding")
 def _fake(
     input_ids: Tensor,
     embedding_weight: Tensor,
@@ -220,7 +220,6 @@ def _fake(
     return embedding_weight.new_empty((batch, length, embedding_weight.shape[1])), mask, targets, positions
 
 
-@torch.library.register_fake("peftkern::prompt_embedding_backward")
 def _fake_backward(
     grad: Tensor,
     input_ids: Tensor,
@@ -247,7 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.prompt_shape, ctx.prompt_dtype = prompt.shape, prompt.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     input_ids, prompt_ids, prompt_places = ctx.saved_tensors
     need_weight, need_prompt = ctx.needs_input_grad[1:3]
     if not (need_weight or need_prompt):
@@ -264,5 +263,5 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::prompt_embedding", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::prompt_embedding_backward", raise_double_backward(OP))
+register(OP, _fake, _backward, _setup_context, triton="prompt_embedding_triton")
+register(f"{OP}_backward", _fake_backward, raise_double_backward(OP), triton="prompt_embedding_triton")
