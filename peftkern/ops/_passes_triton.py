@@ -38,6 +38,7 @@ NO_MASK = Mask(None, 0, 1.0)
 
 
 def mask_of(dropout_p: float, seed: Tensor | None, like: Tensor) -> Mask:
+    """The mask of a seed, on the device of `like`: drawn there it costs no copy, which a CUDA graph could not hold."""
     if seed is None or not threshold(dropout_p):
         return NO_MASK
     return Mask(seed.to(like.device), threshold(dropout_p), keep_scale(dropout_p))
