@@ -3,12 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
 
 #include "common/check.h"
+#include "common/nf4_codebook.h"
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_codes.h"
 
@@ -60,16 +62,18 @@ Tensor times_gram(const char* op, const Rows& b, const Tensor& g) {
     return out;
 }
 
+float bf16_value(uint32_t bits) {
+    const uint32_t shifted = bits << 16;
+    float value;
+    std::memcpy(&value, &shifted, 4);
+    return value;
+}
+
 float dense_value(const Matrix& matrix, int64_t row, int64_t column) {
     const int64_t at = row * matrix.stride + column;
     if (matrix.dtype == Dtype::kFloat32) return static_cast<const float*>(matrix.data)[at];
     const uint32_t bits = static_cast<const uint16_t*>(matrix.data)[at];
-    if (matrix.dtype == Dtype::kBFloat16) {
-        const uint32_t shifted = bits << 16;
-        float value;
-        std::memcpy(&value, &shifted, 4);
-        return value;
-    }
+    if (matrix.dtype == Dtype::kBFloat16) return bf16_value(bits);
     const uint32_t magnitude = (bits & 0x7fffu) << 13;
     float value;
     std::memcpy(&value, &magnitude, 4);
@@ -80,6 +84,49 @@ float dense_value(const Matrix& matrix, int64_t row, int64_t column) {
 float weight_value(const Weight& w, int64_t row, int64_t column) {
     if (w.is_nf4) return nf4_value(w.nf4, row, column);
     return w.dense_transposed ? dense_value(w.dense.matrix, column, row) : dense_value(w.dense.matrix, row, column);
+}
+
+// The squares of one row of NF4 weights whose blocks begin and end with bytes: the codes' squares, byte by byte from a
+// table and in four sums, since one would wait for itself, times the square of the block's scale.
+double square_of_bytes(const Nf4& q, int64_t row, const std::array<double, 256>& squares) {
+    double sum = 0;
+    for (int64_t column = 0; column < q.columns; column += q.block_size) {
+        const int64_t at = row * q.columns + column;
+        const uint8_t* codes = q.codes + at / 2;
+        double parts[4] = {};
+        for (int64_t i = 0; i < q.block_size / 2; i += 4)
+            for (int64_t part = 0; part < 4; ++part) parts[part] += squares[codes[i + part]];
+        const double scale = block_absmax(q, at / q.block_size);
+        sum += scale * scale * ((parts[0] + parts[1]) + (parts[2] + parts[3]));
+    }
+    return sum;
+}
+
+// The sum of value(k)^2 for k < n, in four parts likewise.
+template <class Value>
+double sum_of_squares(int64_t n, Value value) {
+    double parts[4] = {};
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4)
+        for (int part = 0; part < 4; ++part) {
+            const double v = value(k + part);
+            parts[part] += v * v;
+        }
+    for (; k < n; ++k) {
+        const double v = value(k);
+        parts[0] += v * v;
+    }
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// The squares of one row of any weight.
+double square_of_row(const Weight& w, int64_t row) {
+    const Matrix& dense = w.dense.matrix;
+    if (!w.is_nf4 && !w.dense_transposed && dense.dtype == Dtype::kBFloat16) {
+        const auto* bits = static_cast<const uint16_t*>(dense.data) + row * dense.stride;
+        return sum_of_squares(w.in_features, [bits](int64_t k) { return bf16_value(bits[k]); });
+    }
+    return sum_of_squares(w.in_features, [&](int64_t k) { return weight_value(w, row, k); });
 }
 
 // ||W_j + s B_j A|| without the factored form.
@@ -96,7 +143,8 @@ float direct_norm(const Weight& w, int64_t row, const float* b, const float* a, 
 
 }  // namespace
 
-// ||W_j||^2. It is needed once a weight, so that plain code will do.
+// ||W_j||^2, in plain code: a layer keeps it. Where nothing may be kept (HF PEFT's layers), it costs as much as the
+// norm.
 Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
                                OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
                                int64_t out_features, int64_t in_features) {
@@ -104,15 +152,15 @@ Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTen
                                block_size, out_features, in_features);
     Tensor squares = torch::stable::new_empty(weight, {out_features}, ScalarType::Float);
     auto* out = squares.mutable_data_ptr<float>();
+    std::array<double, 256> byte_squares;
+    for (size_t byte = 0; byte < byte_squares.size(); ++byte) {
+        const double high = kNf4Codebook[byte >> 4], low = kNf4Codebook[byte & 15];
+        byte_squares[byte] = high * high + low * low;
+    }
+    const bool whole_bytes = w.is_nf4 && w.nf4.block_size % 8 == 0 && in_features % w.nf4.block_size == 0;
     torch::stable::parallel_for(0, out_features, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-            double sum = 0;
-            for (int64_t k = 0; k < in_features; ++k) {
-                const double v = weight_value(w, j, k);
-                sum += v * v;
-            }
-            out[j] = static_cast<float>(sum);
-        }
+        for (int64_t j = begin; j < end; ++j)
+            out[j] = static_cast<float>(whole_bytes ? square_of_bytes(w.nf4, j, byte_squares) : square_of_row(w, j));
     });
     return squares;
 }
