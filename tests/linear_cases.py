@@ -120,11 +120,13 @@ def assert_near_float64(
     expected_inputs: Inputs | None = None,
     frozen: tuple[str, ...] = (),
     through_x: tuple[str, ...] = ("weight",),
+    product_error: float = FP32_SUM,
 ) -> None:
     """y and every gradient of `function` are those of `reference` in float64; nothing it was given is written over.
 
     `expected_inputs` are the reference's where they differ; inputs in `frozen` get no gradient; gradients of those in
-    `through_x` are made from something that was rounded to grad_y's dtype. The error is a Frobenius norm, over the
+    `through_x` are made from something that was rounded to grad_y's dtype; `product_error` is what the products and
+    their sums may lose. The error is a Frobenius norm, over the
     result's norm and what that norm would be if no terms cancelled: the root of the sum of the terms' squares, which
     the same formula gives for squared factors. One rounding of each element is at most eps / 2 of the first; rounding a
     weight to bf16, as the bf16 dot products do, about 1.5e-3 of the second.
@@ -143,7 +145,7 @@ def assert_near_float64(
         error = (value.double() - exact[name]).norm().item()
         size = (exact[name].norm() + spread[name].abs().sqrt().norm()).item()
         dtypes = (value.dtype, grad_y.dtype) if name in through_x else (value.dtype,)
-        limit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 + FP32_SUM
+        limit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 + product_error
         assert error <= limit * size, f"{name}: relative error {error / size:.2e} > {limit:.2e}"
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
-def draw_seed() -> Tensor:
-    """A seed from torch's default generator as a 0-d int64 tensor, so `torch.manual_seed` and recompute work."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A seed from the device's default generator as a 0-d int64 tensor there.
+
+    So `torch.manual_seed` and recompute work, nothing waits for the device, and a replayed CUDA graph draws anew.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def threshold(p: float) -> int:

@@ -15,14 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends import interpreting
-from peftkern.ops._dropout import threshold
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, NF4_VALUES
 
 INTERPRETING = tl.constexpr(interpreting())
 CODEBOOK = tl.constexpr(NF4_VALUES)
 NESTED_SHIFT = tl.constexpr(NESTED_BLOCK_SIZE.bit_length() - 1)
-# Terms of the products that `product` makes: the operands as they are, or each in parts of 8 bits.
-FP32, BF16_BY_FP32, FP16_BY_FP32 = 0, 2, 3
 
 
 class Launch(NamedTuple):
@@ -53,7 +50,7 @@ def recording() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
 ) -> None:
-    """Runs `kernel` on the device of its first argument, on the stream that torch has there now.
+    """Runs `kernel` on the device of its first tensor, on the stream that torch has there now.
 
     The long axis of the grid comes first: the others end at 65535. Nothing is launched on an empty one. Products and
     sums are not contracted, so that a scale has the bits that torch gives it.
@@ -63,7 +60,7 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
         return
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
 
 
@@ -85,11 +82,6 @@ def meta_nf4(shape: tuple[int, int], block_size: int = 64, nested: bool = True) 
 def padded_rank(rank: int, most: int = 64) -> int:
     """The width of a tile of ranks: a power of two, as dots want it. Longer ranks take several tiles."""
     return min(most, max(16, triton.next_power_of_2(rank)))
-
-
-def dropped_values(dropout_p: float, seed: Tensor | None) -> int:
-    """How many of the 65536 values are dropped, 0 without a seed."""
-    return 0 if seed is None else threshold(dropout_p)
 
 
 @triton.jit
@@ -119,6 +111,12 @@ def high_part(values):
 
 
 @triton.jit
+def dot_operand(values, like):
+    """fp32 rounded to the element type that the pointer `like` points to, for a dot of that type."""
+    return high_part(values) if like.dtype.element_ty == tl.bfloat16 else values.to(like.dtype.element_ty)
+
+
+@triton.jit
 def product(left, right, total, PARTS: tl.constexpr):
     """total + left @ right, of fp32 operands.
 
@@ -141,7 +139,7 @@ def philox(counter, row, stream, seed):
     """The four words of Philox4x32-10 for groups of 8 columns [1, groups] and int64 rows [rows, 1]."""
     zero = tl.zeros_like(counter + row).to(tl.uint32)
     c0, c1 = zero + counter.to(tl.uint32), zero + row.to(tl.uint32)
-    c2, c3 = zero + stream, zero + (row >> 32).to(tl.uint32)
+    c2, c3 = zero + tl.cast(stream, tl.uint32), zero + (row >> 32).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         # 64-bit products: one instruction gives both halves.

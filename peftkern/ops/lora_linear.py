@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     NUMBER,
@@ -29,6 +28,7 @@ from peftkern.ops._linear import (
     native_weight,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def lora_linear_reference(
@@ -74,7 +74,7 @@ def lora_linear(
         scaling: a number or a 0-d tensor, read at every call (LoRA: alpha / rank).
         bias: [out], optional.
         dropout_p: probability of dropping an element of x on the low-rank path, used if `training`.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, scaling, bias and a dense weight.
@@ -84,12 +84,14 @@ def lora_linear(
     """
     out_features, _ = check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
-    seed = draw_seed() if training and dropout_p > 0 else None
-    if backends.choose("lora_linear", x, backend).implementation == "reference":
+    implementation = backends.choose("lora_linear", x, backend).implementation
+    seed = draw_seed(x.device) if training and dropout_p > 0 else None
+    if implementation == "reference":
         return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
     if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
         lora_b, scaling = lora_b.float() * scaling, 1.0
-    y, _ = ops.lora_linear(x, *native_weight(weight), out_features, lora_a, lora_b, scaling, bias, dropout_p, seed)
+    run = NAMESPACES[implementation].lora_linear
+    y, _ = run(x, *native_weight(weight), out_features, lora_a, lora_b, scaling, bias, dropout_p, seed)
     return y
 
 
@@ -128,7 +130,6 @@ def check_lora(
     return out_features, in_features
 
 
-@torch.library.register_fake("peftkern::lora_linear")
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -149,7 +150,6 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features)), h
 
 
-@torch.library.register_fake("peftkern::lora_linear_backward")
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -185,7 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, h, *weight, lora_a, lora_b, seed = ctx.saved_tensors
     block_size, scaling, dropout_p = ctx.scalars
     needs = ctx.needs_input_grad
@@ -213,5 +213,5 @@ def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::lora_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::lora_linear_backward", raise_double_backward("lora_linear"))
+register("lora_linear", _fake, _backward, _setup_context, triton="lora_linear_triton")
+register("lora_linear_backward", _fake_backward, raise_double_backward("lora_linear"), triton="lora_linear_triton")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import (
     accumulate_dtype,
@@ -21,6 +20,7 @@ from peftkern.ops._linear import (
     native_weight,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
         x: [..., in], any leading shape and strides. fp32, bf16, fp16 on the kernels; float64 on the reference.
         weight: NF4Weight of shape [out, in].
         bias: [out], optional.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x and bias; the weight gets no gradient.
@@ -49,12 +49,12 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
         raise TypeError(f"nf4_linear: weight must be an NF4Weight, got {type(weight).__name__}; see nf4_quantize")
     out_features, _ = check_linear("nf4_linear", x, weight, bias)
     x, bias = autocast(x, bias)
-    if backends.choose("nf4_linear", x, backend).implementation == "reference":
+    implementation = backends.choose("nf4_linear", x, backend).implementation
+    if implementation == "reference":
         return nf4_linear_reference(x, weight, bias)
-    return ops.nf4_linear(x, *native_weight(weight), out_features, bias)
+    return NAMESPACES[implementation].nf4_linear(x, *native_weight(weight), out_features, bias)
 
 
-@torch.library.register_fake("peftkern::nf4_linear")
 def _fake(
     x: Tensor,
     codes: Tensor,
@@ -69,7 +69,6 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("peftkern::nf4_linear_backward")
 def _fake_backward(
     grad_y: Tensor,
     codes: Tensor,
@@ -91,7 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = ops.nf4_linear_backward(grad_y, *ctx.saved_tensors, ctx.block_size, ctx.in_features)
@@ -100,5 +99,5 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, None, None, None, grad_bias
 
 
-torch.library.register_autograd("peftkern::nf4_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::nf4_linear_backward", raise_double_backward("nf4_linear"))
+register("nf4_linear", _fake, _backward, _setup_context, triton="nf4_linear_triton")
+register("nf4_linear_backward", _fake_backward, raise_double_backward("nf4_linear"), triton="nf4_linear_triton")

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkern import NF4Weight, nf4_dequantize
 from peftkern.ops._registration import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
-from peftkern.ops.nf4_dequantize_triton import dequantize_into
+from peftkern.ops.nf4_dequantize_triton import dequantize_into, merge_into
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 SHAPES = ((1, 1), (3, 1), (7, 33), (64, 96), (1, 4129))
@@ -63,6 +63,21 @@ def test_writes_a_workspace_and_nothing_beside_it(device: str, seed: int) -> Non
     assert dequantize_into(out, *q.to(device).tensors, q.block_size) is out
     assert_equal(out.cpu(), nf4_dequantize_reference(q, torch.float32))
     assert (memory[:16] == 7).all() and (memory[16 + 231 :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_with_a_low_rank_product(device: str, dtype: torch.dtype, seed: int) -> None:
+    """Rounded once: half a step of the result away from float64, and what fp32 loses of a sum that cancels."""
+    for shape, rank, block_size in (((7, 33), 3, 32), ((65, 130), 20, 64)):
+        q = random_weight(shape, block_size, nested=True)
+        lora_a, lora_b = torch.randn(rank, shape[1]), torch.randn(rank, shape[0]).t()
+        out = torch.empty(shape, dtype=dtype, device=device)
+        merge_into(out, q.to(device), lora_a.to(device), lora_b.to(device), -0.7)
+        product = 0.7 * lora_b.double() @ lora_a.double()
+        weight = nf4_dequantize_reference(q, torch.float64)
+        terms = weight.abs() + 0.7 * lora_b.double().abs() @ lora_a.double().abs()
+        bound = torch.finfo(dtype).eps / 2 * (weight - product).abs() + 2**-16 * terms
+        assert ((out.cpu().double() - (weight - product)).abs() <= bound).all()
 
 
 def test_compile_without_graph_breaks(device: str, seed: int) -> None:

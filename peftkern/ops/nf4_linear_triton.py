@@ -1,0 +1,69 @@
+"""nf4_linear in Triton: up to 64 rows decode the weight inside the product; more decode it once and take torch's GEMM.
+
+Decoding costs 2 bytes written and 2 read per weight and is done again for dX: keeping the dense weight until then would
+keep the dense model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.ops._low_rank_triton import as_rows, sum_partials
+from peftkern.ops._triton import meta_nf4
+from peftkern.ops._weight_triton import base_product, dense, few_rows, matmul, runs_fused
+
+
+def nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """The op of this name, see `csrc/ops.cpp`."""
+    rows = as_rows(x)
+    parts = (absmax, nested_absmax, nested_quant_map, offset)
+    if runs_fused(len(rows), x.shape[-1], block_size):
+        y = sum_partials(few_rows(rows, codes, parts, block_size, out_features), 1.0, x.dtype, bias)
+    else:
+        y = base_product(rows, codes, parts, block_size, out_features)
+        y = y if bias is None else y.add_(bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def nf4_linear_backward(
+    grad_y: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """The op of this name, see `csrc/ops.cpp`."""
+    parts = (absmax, nested_absmax, nested_quant_map, offset)
+    weight = dense(codes, parts, block_size, (grad_y.shape[-1], in_features), grad_y.dtype)
+    return matmul(as_rows(grad_y), weight).view(*grad_y.shape[:-1], in_features)
+
+
+def configurations() -> None:
+    """Every kernel at the tiles and types it ships with; see `recording`."""
+    features = 4096
+    for rows, dtype, nested in (
+        (1, torch.bfloat16, True),
+        (64, torch.bfloat16, True),
+        (16, torch.float16, False),
+        (32, torch.float32, True),
+    ):
+        x = torch.empty(rows, features, dtype=dtype, device="meta")
+        weight = meta_nf4((features, features), 64, nested)
+        forward: Any = (x, *weight, features, x[0])
+        backward: Any = (x, *weight, features)
+        nf4_linear(*forward)
+        nf4_linear_backward(*backward)
