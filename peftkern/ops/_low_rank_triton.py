@@ -22,7 +22,7 @@ SUMS = 1024
 # Terms of `product` for a dtype of x: fp16 has 11 bits, which take two bf16.
 PARTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 # The depth of a tile by `PARTS` and the width in ranks: the most that needs no registers beyond the 255 of sm_80.
-PROJECT_DEPTHS = {2: {16: 128, 32: 64, 64: 32}, 3: {16: 64, 32: 32, 64: 32}}
+PROJECT_DEPTHS = {0: {16: 64, 32: 32, 64: 32}, 2: {16: 128, 32: 64, 64: 32}, 3: {16: 64, 32: 32, 64: 32}}
 
 
 class Dropout:
@@ -209,7 +209,7 @@ def project(x: Tensor, right: Tensor, dropout: Dropout, factor: float = 1.0) -> 
     """factor * d(x) @ right: x [rows, depth], right [depth, rank] of any strides; fp32 [rows, rank]."""
     (rows, depth), rank = x.shape, right.shape[1]
     parts, ranks = PARTS[x.dtype], padded_rank(rank)
-    tile_rows, tile_depth = (64, PROJECT_DEPTHS[parts][ranks]) if parts else (32, 64)
+    tile_rows, tile_depth = 64 if parts else 32, PROJECT_DEPTHS[parts][ranks]
     row_tiles = triton.cdiv(rows, tile_rows)
     # At least 4 steps each: a partial costs as much as reading 2 * rank columns of x.
     most = triton.cdiv(depth, 4 * tile_depth)

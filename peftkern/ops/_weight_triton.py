@@ -70,7 +70,8 @@ def runs_fused(rows: int, in_features: int, block_size: int) -> bool:
 def few_rows(x: Tensor, codes: Tensor, parts: Parts, block_size: int, out_features: int) -> Tensor:
     """Partials [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`."""
     rows, in_features = x.shape
-    out_tiles, steps = triton.cdiv(out_features, OUT_TILE), in_features // STEP
+    out_tile = OUT_TILE // 2 if x.dtype == torch.float32 else OUT_TILE
+    out_tiles, steps = triton.cdiv(out_features, out_tile), in_features // STEP
     chunk = triton.cdiv(steps, max(1, min(triton.cdiv(steps, 4), PROGRAMS // out_tiles))) * STEP
     splits = triton.cdiv(in_features, chunk)
     partials = x.new_empty((splits, rows, out_features), dtype=torch.float32)
@@ -80,7 +81,7 @@ def few_rows(x: Tensor, codes: Tensor, parts: Parts, block_size: int, out_featur
         *(partials, x, codes.contiguous(), *(None if part is None else part.contiguous() for part in parts)),
         *(rows, out_features, in_features, *x.stride(), block_size.bit_length() - 1, chunk),
         ROWS=max(16, triton.next_power_of_2(rows)),
-        OUT=OUT_TILE,
+        OUT=out_tile,
         STEP=STEP,
     )
     return partials

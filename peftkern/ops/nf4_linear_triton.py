@@ -59,7 +59,7 @@ def configurations() -> None:
         (1, torch.bfloat16, True),
         (64, torch.bfloat16, True),
         (16, torch.float16, False),
-        (32, torch.float32, True),
+        (64, torch.float32, True),
     ):
         x = torch.empty(rows, features, dtype=dtype, device="meta")
         weight = meta_nf4((features, features), 64, nested)
