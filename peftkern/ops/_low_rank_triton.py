@@ -75,6 +75,35 @@ def _project(
 
 
 @triton.jit
+def low_rank_tile(
+    left,
+    right,
+    row,
+    column,
+    rows,
+    columns,
+    rank,
+    left_row,
+    right_rank,
+    right_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """left @ right [ROWS, COLUMNS] at int64 rows and columns."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rank, RANKS):
+        ranks = start + tl.arange(0, RANKS)
+        in_left = (row[:, None] < rows) & (ranks[None, :] < rank)
+        values = tl.load(left + row[:, None] * left_row + ranks[None, :], mask=in_left, other=0.0)
+        in_right = (ranks[:, None] < rank) & (column[None, :] < columns)
+        place = right + ranks[:, None].to(tl.int64) * right_rank + column[None, :] * right_column
+        total = product(values, tl.load(place, mask=in_right, other=0.0).to(tl.float32), total, PARTS)
+    return total
+
+
+@triton.jit
 def _add_product(
     out,
     base,
@@ -99,14 +128,9 @@ def _add_product(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        in_left = (row[:, None] < rows) & (ranks[None, :] < rank)
-        values = tl.load(left + row[:, None] * rank + ranks[None, :], mask=in_left, other=0.0)
-        in_right = (ranks[:, None] < rank) & (column[None, :] < columns)
-        place = right + ranks[:, None].to(tl.int64) * right_rank + column[None, :] * right_column
-        total = product(values, tl.load(place, mask=in_right, other=0.0).to(tl.float32), total, PARTS)
+    total = low_rank_tile(
+        left, right, row, column, rows, columns, rank, rank, right_rank, right_column, ROWS, COLUMNS, RANKS, PARTS
+    )
     total *= factor
     if seed is not None:
         total = tl.where(keep_mask(row, first, seed, stream, dropped, ROWS, COLUMNS), total, 0.0)
@@ -281,7 +305,7 @@ def reduce(
         tile_rows, tile_columns = 32, 64 if parts else 32
     column_tiles = triton.cdiv(columns, tile_columns)
     rows_per_program = tile_rows
-    while column_tiles * triton.cdiv(rows, 2 * rows_per_program) >= PROGRAMS:
+    while rows_per_program < rows and column_tiles * triton.cdiv(rows, 2 * rows_per_program) >= PROGRAMS:
         rows_per_program *= 2
     ranges = triton.cdiv(rows, rows_per_program)
     shape = (rank, columns) if transposed else (columns, rank)

@@ -44,11 +44,14 @@ def check_projection(op: str, x: Any, projection: Projection, dropout_p: Any) ->
     return check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)[0]
 
 
-def draw_seeds(projections: Sequence[Projection], dropout_p: float, training: bool) -> Tensor | None:
+def draw_seeds(
+    projections: Sequence[Projection], dropout_p: float, training: bool, device: torch.device | str = "cpu"
+) -> Tensor | None:
     """One seed for each, drawn as one lora_linear after the other would; 0 where there is no adapter."""
     if not training or dropout_p == 0:
         return None
-    return torch.stack([torch.zeros((), dtype=torch.int64) if p.lora_a is None else draw_seed() for p in projections])
+    no_seed = torch.zeros((), dtype=torch.int64, device=device)
+    return torch.stack([no_seed if p.lora_a is None else draw_seed(device) for p in projections])
 
 
 def projection_reference(

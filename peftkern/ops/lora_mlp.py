@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
 from peftkern.ops._projections import (
     Projection,
@@ -30,6 +29,7 @@ from peftkern.ops._projections import (
     split_grad_a,
     stacked_dtype,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 NAMES = ("gate", "up", "down")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -83,7 +83,7 @@ def lora_mlp(
         dropout_p: probability of dropping an element on the low-rank paths, used if `training`. Each adapter has its
             own mask, that of `lora_linear` calls for gate, up and down.
         biases: for each of gate, up and down a tensor or None.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, adapters, scalings, biases and dense weights.
@@ -94,10 +94,11 @@ def lora_mlp(
     projections = _checked(x, (gate, up, down), adapters, activation, dropout_p, biases)
     projections = [p._replace(bias=autocast(x, p.bias)[1]) for p in projections]
     x, _ = autocast(x, None)
-    seeds = draw_seeds(projections, dropout_p, training)
-    if backends.choose("lora_mlp", x, backend).implementation == "reference":
+    implementation = backends.choose("lora_mlp", x, backend).implementation
+    seeds = draw_seeds(projections, dropout_p, training, x.device)
+    if implementation == "reference":
         return lora_mlp_reference(x, projections, activation, dropout_p, seeds)
-    y, *_ = ops.lora_mlp(x, *native_projections(projections), activation, dropout_p, seeds)
+    y, *_ = NAMESPACES[implementation].lora_mlp(x, *native_projections(projections), activation, dropout_p, seeds)
     return y
 
 
@@ -126,7 +127,6 @@ def _checked(x: Any, weights: tuple[Any, ...], adapters: Any, activation: Any, d
     return projections
 
 
-@torch.library.register_fake("peftkern::lora_mlp")
 def _fake(
     x: Tensor,
     weights: list[Tensor],
@@ -147,7 +147,6 @@ def _fake(
     return y, gate, up, x.new_empty((math.prod(x.shape[:-1]), rank), dtype=torch.float32)
 
 
-@torch.library.register_fake("peftkern::lora_mlp_backward")
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -193,7 +192,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.bias_dtypes = [bias.dtype for bias in biases]
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     x, gate, up, h, seeds, *rest = ctx.saved_tensors
     counts, block_sizes, scalings, activation, dropout_p = ctx.scalars
     weights, lora_as, lora_bs, scales = rest[:3], rest[3:6], rest[6:9], rest[9:]
@@ -218,5 +217,5 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::lora_mlp", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::lora_mlp_backward", raise_double_backward("lora_mlp"))
+register("lora_mlp", _fake, _backward, _setup_context, triton="lora_mlp_triton")
+register("lora_mlp_backward", _fake_backward, raise_double_backward("lora_mlp"), triton="lora_mlp_triton")

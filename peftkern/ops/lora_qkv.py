@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
 from peftkern.ops._projections import (
@@ -33,6 +32,7 @@ from peftkern.ops._projections import (
     split_grad_a,
     stacked_dtype,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def lora_qkv_reference(
@@ -70,7 +70,7 @@ def lora_qkv(
         biases: for each [out] or None.
         dropout_p: probability of dropping an element of x on the low-rank paths, used if `training`. Each adapter has
             its own mask, that of `lora_linear` calls one after the other.
-        backend: "reference" or "cpu"; by default the fastest that runs.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         A tuple of [..., out] in x's dtype. Differentiable in x, adapters, scalings, biases and dense weights.
@@ -91,10 +91,11 @@ def lora_qkv(
     for i, projection in enumerate(projections):
         check_projection(f"lora_qkv[{i}]", x, projection, dropout_p)
     x, projections = _autocast(x, projections)
-    seeds = draw_seeds(projections, dropout_p, training)
-    if backends.choose("lora_qkv", x, backend).implementation == "reference":
+    implementation = backends.choose("lora_qkv", x, backend).implementation
+    seeds = draw_seeds(projections, dropout_p, training, x.device)
+    if implementation == "reference":
         return lora_qkv_reference(x, projections, dropout_p, seeds)
-    ys, _ = ops.lora_qkv(x, *native_projections(projections), dropout_p, seeds)
+    ys, _ = NAMESPACES[implementation].lora_qkv(x, *native_projections(projections), dropout_p, seeds)
     return tuple(ys)
 
 
@@ -103,7 +104,6 @@ def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Pr
     return autocast(x, None)[0], [p._replace(bias=bias) for p, bias in zip(projections, biases)]
 
 
-@torch.library.register_fake("peftkern::lora_qkv")
 def _fake(
     x: Tensor,
     weights: list[Tensor],
@@ -123,7 +123,6 @@ def _fake(
     return [x.new_empty((*x.shape[:-1], out)) for out in out_features], h
 
 
-@torch.library.register_fake("peftkern::lora_qkv_backward")
 def _fake_backward(
     grad_ys: list[Tensor],
     x: Tensor,
@@ -154,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor])
     ctx.bias_dtypes = [bias.dtype for bias in biases]
 
 
-def _backward(ctx: Any, grad_ys: list[Tensor], _: Any) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, grad_ys: list[Tensor], _: Any) -> tuple[Any, ...]:
     x, h, seeds, *rest = ctx.saved_tensors
     counts, block_sizes, scalings, dropout_p = ctx.scalars
     n = len(counts)
@@ -183,5 +182,5 @@ def _backward(ctx: Any, grad_ys: list[Tensor], _: Any) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("peftkern::lora_qkv", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::lora_qkv_backward", raise_double_backward("lora_qkv"))
+register("lora_qkv", _fake, _backward, _setup_context, triton="lora_qkv_triton")
+register("lora_qkv_backward", _fake_backward, raise_double_backward("lora_qkv"), triton="lora_qkv_triton")

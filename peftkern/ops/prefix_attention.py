@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.ops._linear import (
     FLOATING,
     NUMBER,
@@ -27,6 +26,7 @@ from peftkern.ops._linear import (
     computing_dtype,
     raise_double_backward,
 )
+from peftkern.ops._registration import NAMESPACES, register
 
 
 def prefix_attention_reference(
@@ -92,7 +92,8 @@ def prefix_attention(
         is_causal: query i takes part with tokens 0 to i; not with attn_mask.
         scale: of the scores; 1 / sqrt(head_dim) by default.
         enable_gqa: whether heads may be a multiple of kv_heads, in consecutive groups.
-        backend: "reference" or "cpu"; by default the fastest that runs. A mask that requires grad needs the reference.
+        backend: "reference", "cpu" or "triton"; by default the fastest that runs. A mask that requires grad needs the
+            reference.
 
     Returns:
         [batch, heads, queries, head_dim] in query's dtype. Differentiable in query, key, value and both prefixes, whose
@@ -113,13 +114,15 @@ def prefix_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
     trained_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if trained_mask and choice.implementation == "cpu" and "asked" in choice.reason:
-        raise RuntimeError(f"{op}: backend 'cpu' gives attn_mask no gradient; use backend='reference'")
+    if trained_mask and choice.implementation != "reference" and "asked" in choice.reason:
+        name = choice.implementation
+        raise RuntimeError(f"{op}: backend {name!r} gives attn_mask no gradient; use backend='reference'")
     if trained_mask or choice.implementation == "reference":
         return prefix_attention_reference(query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = None if attn_mask is None else _additive(attn_mask, (*query.shape[:3], key.shape[2]), dtype)
-    return ops.prefix_attention(query, key, value, prefix_key, prefix_value, mask, is_causal, scale)[0]
+    run = NAMESPACES[choice.implementation].prefix_attention
+    return run(query, key, value, prefix_key, prefix_value, mask, is_causal, scale)[0]
 
 
 def _additive(attn_mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -202,7 +205,6 @@ def _empty_heads(like: Tensor, shape: Any) -> Tensor:
     return like.new_empty((batch, rows, heads, columns)).transpose(1, 2)
 
 
-@torch.library.register_fake("peftkern::prefix_attention")
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -216,7 +218,6 @@ def _fake(
     return _empty_heads(query, query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("peftkern::prefix_attention_backward")
 def _fake_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -244,12 +245,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.scalars = is_causal, scale
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     grads = ops.prefix_attention_backward(grad_out, *tensors, out, lse, *ctx.scalars, any(needs[:3]), any(needs[3:]))
     return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None
 
 
-torch.library.register_autograd("peftkern::prefix_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("peftkern::prefix_attention_backward", raise_double_backward("prefix_attention"))
+register("prefix_attention", _fake, _backward, _setup_context, triton="prefix_attention_triton")
+register(
+    "prefix_attention_backward",
+    _fake_backward,
+    raise_double_backward("prefix_attention"),
+    triton="prefix_attention_triton",
+)

@@ -1,0 +1,103 @@
+"""lora_qkv in Triton: one pass over x for every h and one for every dA where nothing is dropped, torch's GEMMs, and one
+pass over each y, each dy and dx.
+
+The base products are rounded to x's dtype before the low-rank parts are added in fp32, those of dx after each GEMM.
+"""
+
+import torch
+from torch import Tensor
+
+from peftkern.ops._low_rank_triton import Dropout, add_product, as_rows
+from peftkern.ops._projections_triton import (
+    Adapters,
+    Weights,
+    add_grad_x,
+    given,
+    grad_a_of,
+    products,
+    small_gradients,
+    sum_of_products,
+)
+from peftkern.ops._triton import meta_nf4
+
+
+def lora_qkv(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    scale_counts: list[int],
+    block_sizes: list[int],
+    out_features: list[int],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    biases: list[Tensor],
+    dropout_p: float,
+    seeds: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """The op of this name, see `csrc/ops.cpp`."""
+    rows = as_rows(x)
+    adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
+    base = Weights(weights, scales, scale_counts, block_sizes)
+    h = products(rows, adapters)
+    ys = []
+    for i, (out, lora_b, scaling, bias) in enumerate(zip(out_features, lora_bs, scalings, biases)):
+        left = adapters.part(h, i).contiguous()
+        y = add_product(base.product(i, rows, out), left, lora_b.t(), x.dtype, Dropout(), scaling, given(bias))
+        ys.append(y.view(*x.shape[:-1], out))
+    return ys, h
+
+
+def lora_qkv_backward(
+    grad_ys: list[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    scale_counts: list[int],
+    block_sizes: list[int],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    scalings: list[float],
+    dropout_p: float,
+    seeds: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
+    rows, grads = as_rows(x), [as_rows(grad_y) for grad_y in grad_ys]
+    adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
+    dense = Weights(weights, scales, scale_counts, block_sizes).dense
+    grad_h, grad_bs = small_gradients(grads, h, adapters, need_x or need_a, need_b)
+    grad_a = grad_a_of(rows, grad_h, adapters) if need_a else x.new_empty(0)
+    grad_x = x.new_empty(0)
+    if need_x:
+        shapes = [(grad.shape[1], x.shape[-1]) for grad in grads]
+        base = sum_of_products((grad, dense(i, shapes[i], x.dtype)) for i, grad in enumerate(grads))
+        grad_x = add_grad_x(base, grad_h, adapters, x.dtype).view(x.shape)
+    return grad_x, grad_a, grad_bs
+
+
+def configurations() -> None:
+    """Every kernel at the tiles and types it ships with; see `recording`."""
+    features, outs = 4096, [4096, 1024, 1024]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parts = [meta_nf4((out, features)) for out in outs]
+    weights, scales = [part[0] for part in parts], [scale for part in parts for scale in part[1:5]]
+    lists = (weights, scales, [4] * 3, [64] * 3)
+    for rank, dtype, dropout_p in (
+        (16, torch.bfloat16, 0.0),
+        (64, torch.bfloat16, 0.1),
+        (16, torch.float16, 0.1),
+        (16, torch.float32, 0.1),
+    ):
+        x = empty(8192, features, dtype=dtype)
+        lora_as, lora_bs = [empty(rank, features)] * 3, [empty(out, rank) for out in outs]
+        adapters = (lora_as, lora_bs, [2.0] * 3)
+        dropout = (dropout_p, empty(3, dtype=torch.int64) if dropout_p else None)
+        ys, h = lora_qkv(x, *lists, outs, *adapters, [empty(out, dtype=dtype) for out in outs], *dropout)
+        lora_qkv_backward(ys, x, h, *lists, *adapters, *dropout, True, True, True)
