@@ -59,7 +59,7 @@ def rows_per_program(
     """`least` times the largest power of two that leaves `programs` programs, from the sizes alone."""
     tiles = triton.cdiv(columns, tile_columns)
     per_program = least
-    while tiles * triton.cdiv(rows, 2 * per_program) >= programs:
+    while per_program < rows and tiles * triton.cdiv(rows, 2 * per_program) >= programs:
         per_program *= 2
     return per_program
 
