@@ -69,7 +69,7 @@ def test_partial_sums(device: str, seed: int) -> None:
     assert_same_bits(*(gradients(on(device, run), inputs, torch.ones(70, 347)) for _ in range(2)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["many dimensions", "transposed", "one element expanded", "no rows"])
 def test_layouts(device: str, layout: str, seed: int) -> None:
     grad_y, x = (LAYOUTS[layout](torch.randn, features) for features in (13, IN))
     check(device, {"x": x, **qkv(bias_dtype=torch.float32)}, grad_y)
