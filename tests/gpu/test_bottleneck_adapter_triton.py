@@ -95,4 +95,4 @@ def test_compile_without_graph_breaks(device: str, seed: int) -> None:
 def test_opcheck(device: str, seed: int) -> None:
     inputs = small()
     tensors = (inputs[name].detach().to(device).requires_grad_() for name in ("x", *PARAMETERS))
-    torch.library.opcheck(NAMESPACES["triton"].bottleneck_adapter, (*tensors, "gelu", 0.5, None))
+    torch.library.opcheck(NAMESPACES["triton"].library.bottleneck_adapter, (*tensors, "gelu", 0.5, None))

@@ -27,7 +27,7 @@ from peftkern.ops.lora_linear import lora_linear_reference
 OUT, IN = 7, 33
 # Of a product in two parts of 8 bits, and FP32_SUM.
 PRODUCT_ERROR = 2**-17 + 5e-6
-ops = NAMESPACES["triton"]
+ops = NAMESPACES["triton"].library
 
 
 def on_device(device: str, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from peftkern.ops._projections import draw_seeds, native_projections
 from peftkern.ops._registration import NAMESPACES
 from peftkern.ops.lora_mlp import ACTIVATIONS
 
-ops = NAMESPACES["triton"]
+ops = NAMESPACES["triton"].library
 
 
 def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], inputs: Inputs) -> None:

@@ -26,7 +26,7 @@ from peftkern.ops._registration import NAMESPACES
 # Of a product in two parts of 8 bits, and of dx in 16 bits, which is rounded after each of three GEMMs, some times.
 PRODUCT_ERROR = 2**-17 + 5e-6
 ROUNDINGS = 3
-ops = NAMESPACES["triton"]
+ops = NAMESPACES["triton"].library
 
 
 def run(**inputs: Any) -> Tensor:

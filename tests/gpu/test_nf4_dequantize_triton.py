@@ -90,7 +90,9 @@ def test_compile_without_graph_breaks(device: str, seed: int) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_opcheck(device: str, nested: bool, seed: int) -> None:
     q = random_weight((7, 33), 32, nested).to(device)
-    torch.library.opcheck(NAMESPACES["triton"].nf4_dequantize, (*q.tensors, q.block_size, q.shape, torch.bfloat16))
+    torch.library.opcheck(
+        NAMESPACES["triton"].library.nf4_dequantize, (*q.tensors, q.block_size, q.shape, torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("name", ["absmax", "nested_absmax", "nested_quant_map", "offset"])

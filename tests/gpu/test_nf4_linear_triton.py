@@ -24,7 +24,7 @@ from peftkern.ops._registration import NAMESPACES
 from peftkern.ops._weight_triton import FEW_ROWS, runs_fused
 from peftkern.ops.nf4_linear import nf4_linear_reference
 
-ops = NAMESPACES["triton"]
+ops = NAMESPACES["triton"].library
 # A weight rounded to x's dtype, which loses 2^-9 of each term at most, and FP32_SUM.
 ROUNDED_WEIGHT = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 

@@ -24,7 +24,7 @@ from triton_cases import on
 from peftkern import prefix_attention
 from peftkern.ops._registration import NAMESPACES
 
-ops = NAMESPACES["triton"]
+ops = NAMESPACES["triton"].library
 
 
 def check(device: str, inputs: Inputs, grad_out: Tensor | None = None) -> None:

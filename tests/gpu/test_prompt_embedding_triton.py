@@ -85,7 +85,7 @@ def test_nothing_beside_the_ids(device: str, seed: int) -> None:
 def test_opcheck(device: str, seed: int) -> None:
     inputs = [value.to(device) for value in inputs_of(prompts=2, places="own").values()]
     inputs[1].requires_grad_(), inputs[2].requires_grad_()
-    torch.library.opcheck(NAMESPACES["triton"].prompt_embedding, tuple(inputs))
+    torch.library.opcheck(NAMESPACES["triton"].library.prompt_embedding, tuple(inputs))
 
 
 @pytest.mark.parametrize("name", ["input_ids", "prompt_ids", "prompt_places"])
@@ -96,4 +96,4 @@ def test_ids_out_of_range(device: str, name: str, seed: int) -> None:
     inputs = inputs_of(prompts=2, places="own")
     inputs[name].view(-1)[-1] = 100
     with pytest.raises(RuntimeError, match=f"prompt_embedding: {name} must be from 0 to"):
-        NAMESPACES["triton"].prompt_embedding(*inputs.values())
+        NAMESPACES["triton"].library.prompt_embedding(*inputs.values())
