@@ -7,8 +7,8 @@ from peftkern.cli.errors import UsageError
 from peftkern.methods import METHODS
 
 # Peak learning rates: for the embedded model (4.5 M parameters, which takes steps that would wreck a real one) the best
-# on 60 steps of 4 x 256 tokens of the default text, of those that benchmarks/results/methods/learning_rates.json records
-# (`full`: between the best for text and for digits); and for a real model, from the papers and PEFT's method comparison.
+# on 60 steps of 4 x 256 tokens of the default text in benchmarks/results/methods/learning_rates.json (`full`: between
+# the best for text and for digits); and for a real model, from the papers and PEFT's method comparison.
 LEARNING_RATES: dict[str, tuple[float, float]] = {
     "lora": (4e-3, 2e-4),
     "qlora": (4e-3, 2e-4),
