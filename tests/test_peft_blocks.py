@@ -106,6 +106,7 @@ def test_explain_names_the_op(seed: int) -> None:
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "lora_qkv"),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "lora_mlp"),
         "o_proj": "lora_linear",
+        "self_attn": "prefix_attention",
     }
     layer_of(model, "mlp.up_proj").lora_A.register_forward_hook(lambda module, args, y: None)  # never called
     layer_of(model, "mlp.up_proj").lora_A["default"].register_forward_hook(lambda module, args, y: None)

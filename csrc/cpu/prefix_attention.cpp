@@ -1,4 +1,5 @@
-// prefix_attention on the CPU: attention over prefix and tokens by kernels of our own, which skip what is hidden.
+// prefix_attention on the CPU: attention over prefix, which may be empty, and tokens by kernels of our own, which skip
+// what is hidden.
 // Formula and reference: peftkern/ops/prefix_attention.py.
 #include "cpu/prefix_attention.h"
 
@@ -92,7 +93,6 @@ struct Arguments {
         const std::vector<int64_t> tokens = {batch, kv_heads, keys, head_dim};
         std::vector<int64_t> prefix = {kv_heads, prefix_length, head_dim};
         if (pk.dim() == 4) prefix.insert(prefix.begin(), batch);
-        check_shape(op, "prefix_key", pk, prefix_length > 0, "[kv_heads, length, head_dim] with a positive length");
         check_shape(op, "key", key, sizes(key) == tokens, "[batch, kv_heads, keys, head_dim] with query's sizes");
         check_shape(op, "value", value, sizes(value) == tokens, "of key");
         check_shape(op, "prefix_key", pk, sizes(pk) == prefix, "[kv_heads, length, head_dim] with key's sizes");
@@ -152,7 +152,8 @@ struct Arguments {
         pass.keys = keys;
         pass.head_dim = head_dim;
         pass.prefix_length = prefix_length;
-        pass.per_batch = prefix_key.dim() == 4;
+        // Without a prefix there is nothing that the elements of a batch share.
+        pass.per_batch = prefix_key.dim() == 4 || prefix_length == 0;
         pass.scale = static_cast<float>(scale);
         pass.chunks = pass.per_batch ? 1 : std::min(kPrefixChunks, batch);
         pass.prefix_key = heads_of(prefix_key);
@@ -187,6 +188,7 @@ Tensor grad_prefix_of(const PrefixAttention& pass, const Tensor& parts, int64_t 
     const float* from = parts.const_data_ptr<float>();
     const float factor = part == 0 ? pass.scale : 1.0f;
     Tensor sum = torch::stable::new_zeros(like, like.sizes(), ScalarType::Float);
+    if (size == 0) return torch::stable::to(sum, like.scalar_type());
     float* sums = sum.mutable_data_ptr<float>();
     const int64_t grain = std::max<int64_t>(1, kGrainElements / (pass.chunks * size));
     torch::stable::parallel_for(0, prefix_count(pass), grain, [&](int64_t first, int64_t end) {

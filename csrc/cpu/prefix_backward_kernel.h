@@ -170,12 +170,14 @@ struct Backward {
         const int64_t seen = largest(buffers.visible, count);
         for (int64_t key = 0; key < seen; key += kBackwardKeys)
             block(begin, count, {key, smaller(key + kBackwardKeys, seen)});
-        if (pass.grad_query.data)
-            for (int64_t r = 0; r < count; ++r) {
-                prefetch_query<1>(pass, pass.grad_query, batch, head, begin + r + kRowsAhead);
-                store_row(pass, buffers.grad_query + r * sizes.columns_pitch, pass.scale, pass.grad_query, batch,
-                          head * pass.group + (begin + r) % pass.group, (begin + r) / pass.group);
-            }
+        if (!pass.grad_query.data) return;
+        const auto bytes = static_cast<size_t>(count * sizes.columns_pitch) * sizeof(float);
+        if (seen == 0) memset(buffers.grad_query, 0, bytes);
+        for (int64_t r = 0; r < count; ++r) {
+            prefetch_query<1>(pass, pass.grad_query, batch, head, begin + r + kRowsAhead);
+            store_row(pass, buffers.grad_query + r * sizes.columns_pitch, pass.scale, pass.grad_query, batch,
+                      head * pass.group + (begin + r) % pass.group, (begin + r) / pass.group);
+        }
     }
 
     // All rows; then the tokens' gradients are stored and the prefix's added to what it has of other batch elements.

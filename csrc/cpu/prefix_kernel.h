@@ -19,6 +19,8 @@ namespace {
 // Rows of a block: whole tiles of kRows and whole vectors at every level.
 constexpr int64_t kQueryRows = 48;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+// Where the largest score begins: finite, so that rows whose first keys are all hidden have weights 0, not NaN.
+constexpr float kNoScore = -3e38f;
 
 // What the rows [begin, begin + count) of an attention see.
 inline void visible_of(const PrefixAttention& pass, int64_t batch, int64_t head, int64_t begin, int64_t count,
@@ -180,7 +182,7 @@ struct Forward {
 
     void span(int64_t rows) const {
         visible_of(pass, batch, head, row_begin, rows, buffers.visible);
-        for (int64_t r = 0; r < buffers.span; ++r) buffers.top[r] = -INFINITY, buffers.sum[r] = 0;
+        for (int64_t r = 0; r < buffers.span; ++r) buffers.top[r] = kNoScore, buffers.sum[r] = 0;
         const int64_t seen = largest(buffers.visible, rows);
         for (int64_t begin = 0; begin < seen; begin += buffers.keys) {
             const Range keys = {begin, smaller(begin + buffers.keys, seen)};
@@ -192,9 +194,11 @@ struct Forward {
         }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = row_begin + r, of_query = head * pass.group + row % pass.group;
+            float* out = buffers.out + r * buffers.sizes.columns_pitch;
             prefetch_query<1>(pass, pass.out, batch, head, row + kRowsAhead);
-            store_row(pass, buffers.out + r * buffers.sizes.columns_pitch, 1 / buffers.sum[r], pass.out, batch,
-                      of_query, row / pass.group);
+            const bool sees = buffers.sum[r] > 0;  // without a prefix a row may see nothing
+            if (!sees) memset(out, 0, static_cast<size_t>(buffers.sizes.columns) * sizeof(float));
+            store_row(pass, out, sees ? 1 / buffers.sum[r] : 0, pass.out, batch, of_query, row / pass.group);
             *number_at(pass.lse, batch, of_query, row / pass.group) = buffers.top[r] * kLn2 + logf(buffers.sum[r]);
         }
     }

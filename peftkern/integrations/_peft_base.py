@@ -209,9 +209,16 @@ def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dic
         return "x is not a plain tensor"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return "x has the wrong shape"
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return "global module hooks"
+    return transform_obstacle(x)
+
+
+def transform_obstacle(x: Tensor) -> str:
+    """What of torch's transforms is at work that the ops have no rule for."""
+    if type(x) not in _PLAIN or x.layout is not torch.strided:
+        return "x is not a plain tensor"
     if not torch.compiler.is_compiling():
-        if _has_any_global_hook():
-            return "global module hooks"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "inside a torch.func transform"
         if forward_ad._current_level >= 0:

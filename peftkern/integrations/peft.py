@@ -25,6 +25,7 @@ from peftkern.ops._linear import autocast
 TESTED_VERSIONS = ((0, 21), (0, 22))
 """PEFT's releases from the first on, up to and without the last."""
 _REPACKS = "_peftkern_repacks"
+_ATTENTION = "peftkern.integrations._attention"
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -50,6 +51,9 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
     another forward; it is PEFT's own whenever the op does not apply, see `explain`. No parameter is renamed, copied or
     moved: optimizers, state dicts, merging and saving work as before. Layers that come later need another call.
 
+    Modules of transformers that look their attention up run torch's ("sdpa") on `prefix_attention` without a prefix,
+    where that is faster. The model's config stays as it is.
+
     Also mended: `merge` on 4-bit layers scales `lora_bias`, (IA)^3 on 4-bit layers returns x's dtype, and bitsandbytes'
     eval path no longer repacks the 4-bit weights of these layers in place.
 
@@ -69,8 +73,11 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
     if not layers:
         warnings.warn("accelerate: the model has no layers of PEFT; nothing to accelerate", stacklevel=2)
     elif _is_supported("accelerate"):
+        from peftkern.integrations import _attention
+
         for layer in layers:
             _accelerate_layer(layer)
+        _attention.use(model)
         if fuse_blocks and not exchange_blocks(model):
             warnings.warn("accelerate: the model has no block to fuse; see peftkern.fuse_blocks", stacklevel=2)
     return model
@@ -92,6 +99,9 @@ def restore(model: Model) -> Model:
             block.undo()
     for layer in layers:
         _restore_layer(layer)
+    attention = sys.modules.get(_ATTENTION)
+    if attention is not None:
+        attention.restore(model)
     return model
 
 
@@ -145,6 +155,12 @@ def register(config: Config) -> Config:
 def calls(model: nn.Module) -> dict[str, Calls]:
     """Path -> how often each accelerated layer of a model ran, and how, since it was accelerated."""
     return {path: _calls_of(layer) for path, layer in _accelerated_layers(model)}
+
+
+def explain_attention(module: nn.Module) -> tuple[str, str, str] | None:
+    """What runs the attention of a module that `accelerate` has changed: (op, implementation, reason); else None."""
+    attention = sys.modules.get(_ATTENTION)
+    return attention.explain(module) if attention is not None and attention.is_ours(module) else None
 
 
 def explain_layer(

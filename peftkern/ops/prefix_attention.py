@@ -28,6 +28,9 @@ from peftkern.ops._linear import (
 )
 from peftkern.ops._registration import NAMESPACES, register
 
+# No score makes up for such a mask.
+_HIDDEN = -1e30
+
 
 def prefix_attention_reference(
     query: Tensor,
@@ -61,6 +64,11 @@ def prefix_attention_reference(
             )
         attn_mask = attn_mask.to(compute).expand(*attn_mask.shape[:-2], queries, keys)
         scores = scores + F.pad(attn_mask, (length, 0))
+        if length == 0:
+            # A query that sees nothing gets zeros, not the NaN of an empty softmax, and gives no gradients.
+            sees_nothing = (attn_mask <= _HIDDEN).all(-1, keepdim=True)
+            weights = scores.masked_fill(sees_nothing, 0).softmax(-1).masked_fill(sees_nothing, 0)
+            return (weights @ joined(prefix_value, value)).to(query.dtype)
     return (scores.softmax(-1) @ joined(prefix_value, value)).to(query.dtype)
 
 
@@ -80,7 +88,8 @@ def prefix_attention(
     """Attention in which every query also sees a prefix of trained keys and values (prefix tuning, arXiv 2101.00190).
 
     `F.scaled_dot_product_attention` over `[prefix; tokens]`, where the mask is that of the tokens alone and no key or
-    value is copied. Without a prefix (length 0) it is that function, bit for bit.
+    value is copied. Without a prefix (length 0) it is attention as such: on the CPU by the same kernels, elsewhere by
+    that function.
 
     Args:
         query: [batch, heads, queries, head_dim] in fp32, bf16 or fp16; float64 on the reference.
@@ -88,7 +97,7 @@ def prefix_attention(
         prefix_key, prefix_value: [kv_heads, length, head_dim], shared by the batch, or [batch, kv_heads, length,
             head_dim]; query's dtype or fp32.
         attn_mask: of the tokens, broadcastable to [batch, heads, queries, keys]: bool (True: takes part) or added to
-            the scores. A query that it hides from all tokens attends to the prefix.
+            the scores. A query that it hides from all tokens attends to the prefix; without one it gets zeros.
         is_causal: query i takes part with tokens 0 to i; not with attn_mask.
         scale: of the scores; 1 / sqrt(head_dim) by default.
         enable_gqa: whether heads may be a multiple of kv_heads, in consecutive groups.
@@ -107,7 +116,7 @@ def prefix_attention(
     dtype = computing_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     choice = backends.choose(op, query, backend)
-    if prefix_key.shape[-2] == 0:
+    if prefix_key.shape[-2] == 0 and choice.implementation not in ("cpu", "reference"):
         if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
             attn_mask = attn_mask.to(dtype)
         return F.scaled_dot_product_attention(
