@@ -105,5 +105,12 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
         "bool need_tokens, bool need_prefix) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)");
+    m.def(
+        "cross_entropy(Tensor logits, Tensor target, int ignore_index) "
+        "-> (Tensor losses, Tensor top, Tensor log_sum)");
+    m.def(
+        "cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor top, Tensor log_sum, int "
+        "ignore_index) "
+        "-> Tensor grad_logits");
     m.def("cpu_tiles_run(str isa) -> int");
 }

@@ -12,6 +12,7 @@ from peftkern.loraplus import loraplus_groups
 from peftkern.model import quantize
 from peftkern.nf4 import NF4Weight
 from peftkern.ops.bottleneck_adapter import bottleneck_adapter
+from peftkern.ops.cross_entropy import cross_entropy
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.ia3_linear import ia3_linear
 from peftkern.ops.lora_linear import lora_linear
@@ -49,6 +50,7 @@ __all__ = [
     "adapters_for_batch",
     "add_lora",
     "bottleneck_adapter",
+    "cross_entropy",
     "delete_adapter",
     "disable_adapters",
     "dora_linear",

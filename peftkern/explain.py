@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftkern import backends
 from peftkern._modules import outer_modules
 from peftkern._native import ops
-from peftkern.integrations.peft import explain_attention, explain_layer
+from peftkern.integrations.peft import explain_layer, explain_part
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._fused_block import FusedBlock
@@ -43,7 +43,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
 
     Args:
         target: a model: one record per NF4Linear and module with adapters in it, HF PEFT's
-            and accelerated attentions included. Or a public
+            accelerated attentions and losses included. Or a public
             function of peftkern: one record.
         args, kwargs: of the call. For a model they may be left out: each layer's own dtype and device are taken. A
             model's first tensor gives the device, and the dtype if it is floating point; `adapter_names` counts for
@@ -83,8 +83,8 @@ def _explain_model(model: nn.Module, x: Tensor | None, adapter_names: Sequence[s
             within = path + "." * bool(path) if records[-1].implementation != "torch" else None
         elif isinstance(module, AdapterModule | NF4Linear):
             records.append(_explain_layer(path, module, x, fused.get(module)))
-        elif attention := explain_attention(module):
-            records.append(Explanation(path, *attention))
+        elif part := explain_part(module):
+            records.append(Explanation(path, *part))
     return records
 
 

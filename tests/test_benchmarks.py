@@ -47,6 +47,7 @@ PEERS = {
     "prefix_attention forward+backward fp32": ["torch concatenated"],
     "prefix_attention encoder forward": ["torch concatenated"],
     "prefix_attention encoder forward+backward": ["torch concatenated"],
+    "cross_entropy forward+backward": ["torch fp32"],
 }
 
 

@@ -71,6 +71,7 @@ def test_every_public_function(quantized):
             torch.zeros(4),
         ),
         peftkern.prefix_attention: (*(torch.zeros(1, 2, 3, 4),) * 3, *(torch.zeros(2, 5, 4),) * 2),
+        peftkern.cross_entropy: (torch.zeros(2, 3), torch.zeros(2).long()),
         peftkern.prompt_embedding: (torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 4)),
         peftkern.nf4_quantize: (torch.zeros(8, 16),),
         peftkern.nf4_dequantize: (q,),

@@ -295,6 +295,15 @@ void sum_rows(const char* op, const SumRows& pass, int64_t rows) {
     count_tiles(kernels, 1);
 }
 
+void run(const char* op, const CrossEntropy& pass, void (*GemmKernels::*kernel)(const CrossEntropy*, int64_t, int64_t),
+         int64_t rows) {
+    const GemmKernels& kernels = level_in_use(op);
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, pass.columns));
+    torch::stable::parallel_for(0, rows, grain,
+                                [&](int64_t begin, int64_t end) { (kernels.*kernel)(&pass, begin, end); });
+    count_tiles(kernels, 1);
+}
+
 void activate(const char* op, const Activate& pass, int64_t elements) {
     const GemmKernels& kernels = level_in_use(op);
     torch::stable::parallel_for(0, elements, kGrainElements,

@@ -62,6 +62,9 @@ void scale_columns(const char* op, const ScaleColumns& pass, int64_t columns);
 void gated_activation(const char* op, const GatedActivation& pass, int64_t elements);
 void sum_rows(const char* op, const SumRows& pass, int64_t rows);
 void activate(const char* op, const Activate& pass, int64_t elements);
+// Of GemmKernels' cross_entropy and cross_entropy_backward.
+void run(const char* op, const CrossEntropy& pass, void (*GemmKernels::*kernel)(const CrossEntropy*, int64_t, int64_t),
+         int64_t rows);
 
 // The level in use, which is counted as having run so many tiles.
 Isa level_for(const char* op, int64_t tiles);

@@ -147,6 +147,19 @@ struct Activate {
     float* grad;
 };
 
+// losses[row] = top + log_sum - logits[row, target], with a row's largest logit and the log of the sum of e^(logit -
+// top): apart, since together they would be rounded to the size of top. Backward, from these, the gradient [rows,
+// columns] in the logits' dtype. Rows whose target is `ignored` have neither.
+struct CrossEntropy {
+    Matrix logits;
+    int64_t columns;
+    const int64_t* targets;
+    int64_t ignored;
+    float *losses, *top, *log_sum;
+    const float* grad_losses;
+    void* grad_logits;
+};
+
 // Runs one tile. `workspace` is 64-byte aligned and holds workspace_bytes of the same level.
 struct GemmKernels {
     void (*run)(const Gemm* gemm, const Tile* tile, void* workspace);
@@ -157,6 +170,8 @@ struct GemmKernels {
     void (*gated_activation)(const GatedActivation* pass, int64_t begin, int64_t end);
     void (*sum_rows)(const SumRows* pass, int64_t row_begin, int64_t row_end);
     void (*activate)(const Activate* pass, int64_t begin, int64_t end);
+    void (*cross_entropy)(const CrossEntropy* pass, int64_t row_begin, int64_t row_end);
+    void (*cross_entropy_backward)(const CrossEntropy* pass, int64_t row_begin, int64_t row_end);
 };
 
 extern "C" {

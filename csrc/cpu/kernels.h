@@ -3,6 +3,7 @@
 
 #include "cpu/activation_kernel.h"
 #include "cpu/gemm_kernel.h"
+#include "cpu/loss_kernel.h"
 #include "cpu/passes_kernel.h"
 #include "cpu/prefix_backward_kernel.h"
 #include "cpu/prefix_kernel.h"
@@ -13,7 +14,8 @@ namespace {
 template <class MainDot, class Decode = NoDecode>
 constexpr GemmKernels kernels() {
     return {run_tile<MainDot, Decode>, Workspace::bytes, split_dropout, scale_columns,
-            gated_activation,          sum_rows,         activate};
+            gated_activation,          sum_rows,         activate,      cross_entropy,
+            cross_entropy_backward};
 }
 
 template <class MainDot>

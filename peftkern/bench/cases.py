@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.bench import contenders as c
-from peftkern.bench import mixed, prefixes, prompts
+from peftkern.bench import losses, mixed, prefixes, prompts
 from peftkern.bench.measure import ROTATED_BYTES, Run
 from peftkern.ops.nf4_quantize import nf4_quantize
 
@@ -40,6 +40,7 @@ CASES = (
     "prefix_attention forward+backward fp32",
     "prefix_attention encoder forward",
     "prefix_attention encoder forward+backward",
+    "cross_entropy forward+backward",
 )
 
 # Those that do not depend on the number of rows.
@@ -67,6 +68,8 @@ def contenders(
         return prompts.contenders(*shape, rotated)
     if case.startswith("prefix_attention"):
         return prefixes.contenders(case, *shape, rows)
+    if case.startswith("cross_entropy"):
+        return losses.contenders(out_features, rows)
     dtype = torch.float32 if case.endswith("fp32") else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
     x = c.normal(generator, rows, in_features).to(dtype)
@@ -184,6 +187,8 @@ def work(case: str, out_features: int, in_features: int, rows: int) -> tuple[flo
         return 2.0 * (3 * weights + 5 * wide), 6 * 2.0 * c.BOTTLENECK * wide
     if case.startswith("prefix_attention"):
         return prefixes.work(case, out_features, in_features, rows)
+    if case.startswith("cross_entropy"):
+        return losses.work(out_features, rows)
     element = 4 if case.endswith("fp32") else 2
     layers = [(out_features, in_features)]
     if case.startswith("lora_qkv"):

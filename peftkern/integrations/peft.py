@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +26,8 @@ from peftkern.ops._linear import autocast
 TESTED_VERSIONS = ((0, 21), (0, 22))
 """PEFT's releases from the first on, up to and without the last."""
 _REPACKS = "_peftkern_repacks"
-_ATTENTION = "peftkern.integrations._attention"
+# What else of a model changes: each has use, restore, is_ours and explain.
+_PARTS = ("peftkern.integrations._attention", "peftkern.integrations._loss")
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -52,7 +54,8 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
     moved: optimizers, state dicts, merging and saving work as before. Layers that come later need another call.
 
     Modules of transformers that look their attention up run torch's ("sdpa") on `prefix_attention` without a prefix,
-    where that is faster. The model's config stays as it is.
+    and transformers' loss of causal language models on `cross_entropy`, where they are faster. The model's config stays
+    as it is.
 
     Also mended: `merge` on 4-bit layers scales `lora_bias`, (IA)^3 on 4-bit layers returns x's dtype, and bitsandbytes'
     eval path no longer repacks the 4-bit weights of these layers in place.
@@ -73,11 +76,10 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
     if not layers:
         warnings.warn("accelerate: the model has no layers of PEFT; nothing to accelerate", stacklevel=2)
     elif _is_supported("accelerate"):
-        from peftkern.integrations import _attention
-
         for layer in layers:
             _accelerate_layer(layer)
-        _attention.use(model)
+        for part in _PARTS:
+            import_module(part).use(model)
         if fuse_blocks and not exchange_blocks(model):
             warnings.warn("accelerate: the model has no block to fuse; see peftkern.fuse_blocks", stacklevel=2)
     return model
@@ -99,9 +101,8 @@ def restore(model: Model) -> Model:
             block.undo()
     for layer in layers:
         _restore_layer(layer)
-    attention = sys.modules.get(_ATTENTION)
-    if attention is not None:
-        attention.restore(model)
+    for part in _imported_parts():
+        part.restore(model)
     return model
 
 
@@ -157,10 +158,9 @@ def calls(model: nn.Module) -> dict[str, Calls]:
     return {path: _calls_of(layer) for path, layer in _accelerated_layers(model)}
 
 
-def explain_attention(module: nn.Module) -> tuple[str, str, str] | None:
-    """What runs the attention of a module that `accelerate` has changed: (op, implementation, reason); else None."""
-    attention = sys.modules.get(_ATTENTION)
-    return attention.explain(module) if attention is not None and attention.is_ours(module) else None
+def explain_part(module: nn.Module) -> tuple[str, str, str] | None:
+    """What runs the attention or loss of a module, where `accelerate` has changed it: (op, implementation, reason)."""
+    return next((part.explain(module) for part in _imported_parts() if part.is_ours(module)), None)
 
 
 def explain_layer(
@@ -198,6 +198,10 @@ def explain_layer(
     rows = least_rows(accelerated, probe)
     small = f"; PEFT's own below {rows} rows of x, where torch is faster" if rows > 1 else ""
     return op, implementation, reason + small + ran
+
+
+def _imported_parts() -> list[Any]:
+    return [sys.modules[name] for name in _PARTS if name in sys.modules]
 
 
 def _calls_of(layer: nn.Module) -> Calls:
