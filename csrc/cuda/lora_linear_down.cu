@@ -1,4 +1,4 @@
-// h = x A^T in fp32 for a few rows of x: what a decode with an adapter launches first. It lets the decode kernel start
+// h = x A^T in fp32 for a few rows of x: what lora_linear launches before its decode. It lets the decode kernel start
 // at once, which needs h only at its end.
 #include "cuda/launch.h"
 #include "cuda/nf4_decode_maps.h"
