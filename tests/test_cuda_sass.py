@@ -18,8 +18,9 @@ KERNELS = (
 )
 # Of decode: how many masks of 4 rows of x, and how many tiles of 16 rows of the weight.
 KINDS = ((1, 1), (1, 2), (2, 1))
-# For a weight. Reading codes at 4.3 TB/s leaves time for 3.7 on an H200; with eight rows of x it is over that.
-MOST_INSTRUCTIONS = {(1, 1): 3.7, (1, 2): 3.0, (2, 1): 4.2}
+# For a weight, of flat and of nested scales. Reading codes at 4.3 TB/s leaves time for 3.7 on an H200; the look-up
+# alone takes 1.
+MOST_INSTRUCTIONS = {(1, 1): (1.85, 2.15), (1, 2): (1.7, 2.0), (2, 1): (2.2, 2.5)}
 
 pytestmark = [
     pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels: no nvcc"),
@@ -84,7 +85,7 @@ def test_decode(kernels: dict[str, Kernel]) -> None:
     assert set(found) == {
         (d, *masks_and_tiles, nested) for d, masks_and_tiles, nested in product((1, 2), KINDS, (0, 1))
     }
-    for (_, masks, tiles, _), kernel in found.items():
+    for (_, masks, tiles, nested), kernel in found.items():
         loop = kernel.loop("HMMA")
         weights = 64 * tiles
         assert kernel.count("HMMA.16816.F32", loop) == 8 * masks * tiles
@@ -93,7 +94,7 @@ def test_decode(kernels: dict[str, Kernel]) -> None:
         # Two weights for one permutation and one load.
         assert kernel.count("PRMT", loop) <= weights // 2 + 8 * tiles
         assert weights // 2 <= kernel.count("LDS", loop) <= weights // 2 + 4 * tiles
-        assert len(loop) / weights <= MOST_INSTRUCTIONS[masks, tiles]
+        assert len(loop) / weights <= MOST_INSTRUCTIONS[masks, tiles][nested]
 
 
 def test_quantize(kernels: dict[str, Kernel]) -> None:
