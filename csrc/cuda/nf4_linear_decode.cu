@@ -177,6 +177,36 @@ __device__ __forceinline__ void multiply_group(float (&sums)[kRowTiles][kMasks][
     }
 }
 
+// Adds a lane's share of the low-rank part, the ranks from `first` on by `step`, to the sums of its rows: loads of many
+// ranks are on their way at once.
+template <int kMasks, int kRowTiles>
+__device__ __forceinline__ void add_low_rank(float (&sums)[kRowTiles][kMasks][4], const CudaLinear& task,
+                                             int64_t first_row, int lane, int first, int step) {
+    const Epilogue& epilogue = task.epilogue;
+#pragma unroll 1
+    for (int r = first; r < epilogue.rank; r += step) {
+        float b[kRowTiles][2], h[kMasks][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+            const int64_t weight_row = first_row + decode_weight_row(lane) + 8 * i;
+            const bool there = weight_row < task.out_features;
+            const int64_t at = weight_row * epilogue.rank + r;
+            b[i / 2][i % 2] = there ? load_element(epilogue.lora_b, epilogue.lora_b_dtype, at) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kMasks; ++i) {
+            const int row = i / 2 * kDecodeMaskRows + decode_summed_row(lane, i % 2);
+            h[i / 2][i % 2] = row < task.rows ? epilogue.h_scale * epilogue.h[row * int64_t{epilogue.rank} + r] : 0.0f;
+        }
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile)
+#pragma unroll
+            for (int mask = 0; mask < kMasks; ++mask)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[tile][mask][i] += h[mask][i & 1] * b[tile][i >> 1];
+    }
+}
+
 template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
 __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
     nf4_linear_decode(const CudaLinear task, const DecodePlan plan) {
@@ -228,6 +258,14 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             multiply(now);
         }
 
+#pragma unroll
+        for (int i = 0; i < kRowTiles * kMasks * 4; ++i)
+            sums[i / (kMasks * 4)][i / 4 % kMasks][i % 4] *= pair16_unscale<kDtype>();
+        // Until here nothing depends on the kernel before, which may compute h.
+        wait_for_previous_kernel();
+        if (task.epilogue.h && blockIdx.y == 0)
+            add_low_rank<kMasks, kRowTiles>(sums, task, first_row, lane, 2 * warp + decode_half(lane), 2 * plan.warps);
+
         // The halves of a group lie in lanes 2 apart; then the warps' sums are added in the order of the warps.
         float* mine = shared.sums + warp * kXRows * kTileRows;
 #pragma unroll
@@ -236,7 +274,7 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             for (int mask = 0; mask < kMasks; ++mask) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    float sum = sums[tile][mask][i] * pair16_unscale<kDtype>();
+                    float& sum = sums[tile][mask][i];
                     sum += __shfl_xor_sync(~0u, sum, 2);
                     const int row = mask * kDecodeMaskRows + decode_summed_row(lane, i & 1);
                     const int weight_row = tile * kDecodeTile + decode_weight_row(lane) + (i >> 1) * 8;
@@ -245,8 +283,6 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             }
         }
         __syncthreads();
-        // Until here nothing depends on the kernel before, which may compute h.
-        wait_for_previous_kernel();
 #pragma unroll 1
         for (int i = thread; i < task.rows * kTileRows; i += threads) {
             const int row = i / kTileRows;
@@ -258,7 +294,8 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             if (plan.splits > 1)
                 task.partials[blockIdx.y * task.rows * task.out_features + at] = sum;
             else
-                static_cast<uint16_t*>(task.y)[at] = half_of_float<kDtype>(finish(task.epilogue, sum, row, weight_row));
+                static_cast<uint16_t*>(task.y)[at] =
+                    half_of_float<kDtype>(finish(without_low_rank(task.epilogue), sum, row, weight_row));
         }
         __syncthreads();
     }
@@ -303,7 +340,8 @@ int peftkern::peftkern_cuda_nf4_linear_decode(const CudaLinear* task, const Deco
                                   ? launch_dtype<Dtype::kBFloat16>(*task, *plan, device, stream_of(stream))
                                   : launch_dtype<Dtype::kFloat16>(*task, *plan, device, stream_of(stream));
     if (error != cudaSuccess || plan->splits == 1) return error;
-    const CudaSplitSum sum{task->partials, plan->splits, task->rows, task->out_features,
-                           task->epilogue, task->y,      task->dtype};
+    const CudaSplitSum sum{
+        task->partials, plan->splits, task->rows, task->out_features, without_low_rank(task->epilogue),
+        task->y,        task->dtype};
     return peftkern_cuda_split_sum(&sum, stream);
 }
