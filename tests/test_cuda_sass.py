@@ -97,6 +97,21 @@ def test_decode(kernels: dict[str, Kernel]) -> None:
         assert len(loop) / weights <= MOST_INSTRUCTIONS[masks, tiles][nested]
 
 
+def test_low_rank(kernels: dict[str, Kernel]) -> None:
+    pattern = r"lora_downI\w+?DtypeE(\d)ELS\w*?_(\d)ELi(\d)E"  # dtypes of x and of lora_a, rows
+    found = {
+        tuple(map(int, match.groups())): kernel
+        for name, kernel in kernels.items()
+        if (match := re.search(pattern, name))
+    }
+    adapters = {1: (0, 1), 2: (0, 2)}
+    assert set(found) == {(dtype, a, rows) for dtype in adapters for a in adapters[dtype] for rows in (1, 4, 8)}
+    for (_, adapter, rows), kernel in found.items():
+        loop = kernel.loop("FFMA")
+        assert kernel.count("LDG.E.128", loop) == rows + (2 if adapter == 0 else 1), "16 bytes at a time"
+        assert kernel.count("FFMA", loop) == 8 * rows
+
+
 def test_quantize(kernels: dict[str, Kernel]) -> None:
     for (dtype,), kernel in named(kernels, "nf4_quantize").items():
         assert kernel.count("LDG.E.EF.128") == (2 if dtype == 0 else 1)
