@@ -8,12 +8,13 @@ import torch
 from cuda_decode import assert_near, lora_linear, plan_of
 from cuda_emulation import COMPILER, library
 from linear_cases import random_nf4
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftkern
 from peftkern import NF4Weight, backends
 from peftkern._native import ops
+from peftkern.nn import LoRALinear, NF4Linear
 from peftkern.ops.lora_linear import CUDA_ROWS, _backward_on_cuda
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_quantize import nf4_quantize_reference
@@ -189,3 +190,18 @@ def test_auto_leaves_what_it_refuses_to_the_reference(monkeypatch: pytest.Monkey
     assert backends.choose("lora_linear", few, None, q, 0.0).implementation == "cuda"
     choice = backends.choose("lora_linear", many, None, q, 0.0)
     assert choice == ("reference", "auto: backend 'cuda' takes at most 8 rows of x, got 9")
+
+
+def test_explain_knows(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (
+        LoRALinear(nn.Linear(192, 70, dtype=torch.bfloat16)),
+        LoRALinear(NF4Linear(192, 70, dtype=torch.bfloat16), dropout=0.1),
+    )
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, 192, dtype=torch.bfloat16, device="cuda")
+        dense, dropping = (peftkern.explain(layer, x)[0] for layer in layers)
+        (evaluating,) = peftkern.explain(layers[1].eval(), x)
+    assert dense.implementation == "none" and "takes an NF4Weight, got a dense weight" in dense.reason
+    assert dropping.implementation == "none" and "takes no dropout, got dropout_p=0.1" in dropping.reason
+    assert evaluating.implementation == "cuda"
