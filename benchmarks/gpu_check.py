@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 LLAMA_8B, LLAMA_70B = "4096x4096,14336x4096", "8192x28672"
+CUDA_OPS = ("nf4_dequantize", "nf4_linear", "lora_linear")
 DECODE_ROWS, GEMM_ROWS, MANY_ROWS = ["1", "2", "4", "8"], ["16", "32", "64", "128", "256", "512"], ["1024", "8192"]
 
 
@@ -44,7 +45,7 @@ def _timing(name: str, cases: Sequence[str], shapes: str, rows: Sequence[str], l
 
 def steps() -> list[Step]:
     """In the order of what the rest rests on; the limits add up to more than they take."""
-    nf4 = ["nf4_linear forward"]
+    nf4, with_lora = ["nf4_linear forward"], ["lora_linear nf4 forward"]
     lora = ["lora_linear dense forward+backward", "lora_linear dense forward+backward dropout 0.1"]
     dora = ["dora_linear nf4 forward+backward", "dora_linear dense forward+backward", "dora_norm nf4"]
     blocks = ["lora_qkv nf4 forward+backward", "lora_mlp nf4 forward+backward", "ia3_linear nf4 forward+backward"]
@@ -56,6 +57,7 @@ def steps() -> list[Step]:
         Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 120),
         _timing("conversions", ["nf4_dequantize", "nf4_quantize"], f"{LLAMA_8B},{LLAMA_70B}", ["1"], 60),
         _timing("decode", nf4, f"{LLAMA_8B},{LLAMA_70B}", DECODE_ROWS, 90),
+        _timing("lora decode", with_lora, LLAMA_8B, DECODE_ROWS, 60),
         _timing("gemm", nf4, LLAMA_8B, [*GEMM_ROWS, *MANY_ROWS], 90),
         _timing("nf4 training step", ["nf4_linear forward+backward"], "14336x4096", GEMM_ROWS, 60),
         _timing("lora", [*lora, "lora_linear nf4 forward+backward"], "4096x4096,2048x2048", ["8192"], 90),
@@ -65,7 +67,7 @@ def steps() -> list[Step]:
         _timing("prefix", ["prefix_attention forward+backward"], "4096x4096", ["512"], 60),
     ]
     if shutil.which("compute-sanitizer"):
-        tiny = [*errors, "--backends", "cuda", "--ops", "nf4_dequantize", "nf4_linear", "--sizes", "5,128,192"]
+        tiny = [*errors, "--backends", "cuda", "--ops", *CUDA_OPS, "--sizes", "5,128,192"]
         for tool in ("memcheck", "racecheck"):
             found.insert(3, Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny], 120))
     return found

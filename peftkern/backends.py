@@ -23,7 +23,10 @@ TRITON_DTYPES = CUDA_DTYPES = CPU_DTYPES
 OLDEST_TRITON = (3, 6)
 # Ops with Triton kernels; each adds itself.
 TRITON_OPS: set[str] = set()
-CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear")
+CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear")
+# Of ops whose CUDA kernels take some calls only: a function of what `choose` is given of the call, x first, that says
+# what they do not take, None where they take it. Each op adds its own.
+CUDA_LIMITS: dict[str, Callable[..., str | None]] = {}
 # Op to its backend on a GPU, and the file in benchmarks/results/gpu/ that says that its kernels are right and not
 # slower than torch's ops.
 GPU_RECORDS: dict[str, tuple[str, str]] = {}
@@ -61,14 +64,14 @@ def _requested(backend: str | None) -> tuple[str, str]:
     return "auto", ""
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None) -> Choice:
-    """The implementation of `op` for input `x`.
+def choose(op: str, x: torch.Tensor, backend: str | None = None, *call: Any) -> Choice:
+    """The implementation of `op` for input `x`; `call` is what else its CUDA_LIMITS look at, if that is known.
 
     Raises:
         ValueError: the backend's name is unknown.
         RuntimeError: the backend asked for cannot run this input.
     """
-    choice = _choose(op, x, backend)
+    choice = _choose(op, x, backend, call)
     if not torch.compiler.is_compiling() and _stop_at_choice.get():
         raise _Chosen(op, choice)
     return choice
@@ -86,7 +89,7 @@ def choice_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
     return None
 
 
-def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
+def _choose(op: str, x: torch.Tensor, backend: str | None, call: tuple[Any, ...]) -> Choice:
     name, why = _requested(backend)
     if name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -95,7 +98,7 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
         if runs_on_cpu:
             return _CPU_CHOICES[x.dtype]
         if x.device.type == "cuda" and x.dtype in TRITON_DTYPES:
-            return _auto_on_gpu(op)
+            return _auto_on_gpu(op, x, call)
         return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
     if name == "cpu" and not runs_on_cpu:
         raise RuntimeError(
@@ -106,13 +109,17 @@ def _choose(op: str, x: torch.Tensor, backend: str | None) -> Choice:
         raise RuntimeError(f"{op}: backend 'triton' {problem}")
     if name == "cuda" and (problem := _cuda_problem(op, x)):
         raise RuntimeError(f"{op}: backend 'cuda' {problem}")
+    if name == "cuda" and (limit := _cuda_limit(op, x, call)):
+        raise RuntimeError(f"{op}: backend 'cuda' {limit}; use backend='triton' or 'reference'")
     return Choice(name, why)
 
 
-def _auto_on_gpu(op: str) -> Choice:
-    """The kernels where a record vouches for them, else torch's ops."""
+def _auto_on_gpu(op: str, x: torch.Tensor, call: tuple[Any, ...]) -> Choice:
+    """The kernels where a record vouches for them and they take the call, else torch's ops."""
     if op in GPU_RECORDS:
         backend, record = GPU_RECORDS[op]
+        if backend == "cuda" and (limit := _cuda_limit(op, x, call)):
+            return Choice("reference", f"auto: backend 'cuda' {limit}")
         return Choice(backend, f"auto: right and not slower than torch's ops by {record}")
     return Choice("reference", "auto: no record of a GPU says that a kernel is right and not slower than torch's ops")
 
@@ -152,3 +159,8 @@ def _cuda_problem(op: str, x: torch.Tensor) -> str | None:
     if op not in CUDA_OPS:
         return "has no kernel for this op"
     return None
+
+
+def _cuda_limit(op: str, x: torch.Tensor, call: tuple[Any, ...]) -> str | None:
+    """What of this call the op's CUDA kernels do not take; None if all, or if nothing is known of the call."""
+    return CUDA_LIMITS[op](x, *call) if call and op in CUDA_LIMITS else None

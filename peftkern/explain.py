@@ -16,6 +16,7 @@ from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn._merge import weight_dtype
+from peftkern.nn.lora_linear import LoRALinear
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
 
@@ -98,7 +99,11 @@ def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None
         return Explanation(path, "linear", "torch", f"{state}: a dense layer alone")
     op = fused or (cast(AdaptedLinear, layer).op if plain is None else "nf4_linear")
     base = cast(AdaptedLinear, layer).base_layer if plain is None else plain
-    return _chosen(path, op, _probe(base, x), state)
+    call: tuple[Any, ...] = ()
+    if op == "lora_linear" and isinstance(layer, LoRALinear):
+        dropout = layer.settings[cast(str, layer.active_adapter)].dropout
+        call = layer.base_weight, dropout if layer.training else 0.0
+    return _chosen(path, op, _probe(base, x), state, *call)
 
 
 def _explain_module(path: str, module: AdapterModule, x: Tensor | None, state: str) -> Explanation:
@@ -110,13 +115,13 @@ def _explain_module(path: str, module: AdapterModule, x: Tensor | None, state: s
     return _chosen(path, module.op, torch.empty(0) if probe is None else probe.new_empty(0), state)
 
 
-def _chosen(path: str, op: str, probe: Tensor, state: str) -> Explanation:
-    """What would run `op` on an input like `probe`."""
+def _chosen(path: str, op: str, probe: Tensor, state: str, *call: Any) -> Explanation:
+    """What would run `op` on an input like `probe`; `call` as in `backends.choose`."""
     if not hasattr(ops, op):
         return Explanation(path, op, "torch", f"{state}; plain torch" if state else "plain torch")
     probe, _ = autocast(probe, None)
     try:
-        implementation, reason = backends.choose(op, probe)
+        implementation, reason = backends.choose(op, probe, None, *call)
     except RuntimeError as error:
         implementation, reason = "none", str(error)
     return Explanation(path, op, implementation, f"{state}; {reason}" if state else reason)

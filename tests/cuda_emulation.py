@@ -26,7 +26,7 @@ SOURCES = (
     "csrc/cuda/nf4_quantize.cu",
     "csrc/cuda/nf4_dequantize.cu",
     "csrc/cuda/nf4_linear_decode.cu",
-    "csrc/cuda/lora_down.cu",
+    "csrc/cuda/lora_linear_down.cu",
     "csrc/cuda/split_sum.cu",
     "tests/cpp/cuda_host.cpp",
 )

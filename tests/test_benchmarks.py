@@ -26,6 +26,7 @@ PEERS = {
     "nf4_linear forward": ["torch dense bfloat16", "bitsandbytes eval"],
     "nf4_linear forward+backward": ["bitsandbytes train"],
     "nf4_linear forward fp32": ["torch dense float32"],
+    "lora_linear nf4 forward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear nf4 forward+backward dropout 0.1": ["peftkern nf4_linear", "PEFT + bitsandbytes"],
     "lora_linear dense forward+backward": ["PEFT"],

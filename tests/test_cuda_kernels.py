@@ -6,15 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_decode import PLANS, assert_near, decode, plan_of
 from cuda_emulation import (
     COMPILER,
     DTYPES,
     Dequantize,
-    Epilogue,
-    Linear,
-    LoraDown,
     Memory,
-    Plan,
     Quantize,
     QuantizeAbsmax,
     launched,
@@ -108,62 +105,6 @@ def test_dequantize(
     assert torch.equal(out.tensor(), nf4_dequantize_reference(q, dtype))
 
 
-def decode(
-    kernels: CDLL, x: Tensor, q: NF4Weight, plan: Plan, epilogue: Epilogue | None = None, poison_stride: int = 0
-) -> Tensor:
-    """The kernel's y; with a stride, rows of x lie apart and poison is between them."""
-    out_features, in_features = q.shape
-    padded = torch.cat((x, x.new_full((len(x), poison_stride), float("nan"))), dim=1)
-    source = Memory(padded[:, : in_features + poison_stride])
-    view, _alive = view_of(q)
-    y = Memory(None, (len(x), out_features), x.dtype)
-    partials = Memory(None, (plan.splits, len(x), out_features), torch.float32)
-    task = Linear(
-        source.address,
-        in_features + poison_stride,
-        len(x),
-        in_features,
-        out_features,
-        DTYPES[x.dtype],
-        view,
-        epilogue or Epilogue(),
-        y.address,
-        plan.splits,
-        partials.address,
-    )
-    launched(kernels.peftkern_cuda_nf4_linear_decode(byref(task), byref(plan), 0, None))
-    return y.tensor()
-
-
-def assert_near(y: Tensor, wanted: Tensor, q: NF4Weight, x: Tensor) -> None:
-    """Within one rounding of y and the codes' rounding: 2^-9 (bf16) or 2^-12 (fp16) of |x| |W|, an average error."""
-    half = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[y.dtype]
-    magnitude = (x.double() ** 2) @ (nf4_dequantize_reference(q, torch.float64).T ** 2)
-    error = (y.double() - wanted).abs()
-    assert bool((error <= half * (wanted.abs() + 6 * magnitude.sqrt()) + 1e-6).all()), error.max()
-
-
-PLANS = {
-    "one tile": (1, 8, 1, 1 << 20, 1 << 20),
-    "two tiles": (2, 8, 1, 1 << 20, 1 << 20),
-    "16 warps": (1, 16, 1, 1 << 20, 1 << 20),
-    "going round": (1, 8, 1, 1 << 20, 2),
-    "two tiles going round": (2, 8, 1, 1 << 20, 1),
-    "split": (1, 8, 3, 1, 1 << 20),
-}
-
-
-def plan_of(name: str, q: NF4Weight, rows: int) -> Plan:
-    row_tiles, warps, splits, split_groups, ctas = PLANS[name]
-    groups = ceil_divide(q.shape[1], 128)
-    if splits > 1:
-        split_groups = ceil_divide(groups, splits)
-        splits = ceil_divide(groups, split_groups)
-    row_tiles = row_tiles if rows <= 4 else 1
-    tiles = ceil_divide(q.shape[0], 16 * row_tiles)
-    return Plan(row_tiles, warps, splits, min(split_groups, groups), min(ctas, tiles))
-
-
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     ("shape", "block_size", "nested", "dtype"),
@@ -207,27 +148,6 @@ def test_decode_is_exact_where_nothing_rounds(kernels: CDLL, seed: int, plan: st
     assert wanted.abs().max() < 256
     y = decode(kernels, x, q, plan_of(plan, q, len(x))).float()
     assert (y - wanted).abs().max() < 1e-3  # where 1.0016 cancels, the fp32 sum is not quite 0
-
-
-@pytest.mark.parametrize("plan", ["one tile", "split"])
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-def test_decode_with_all_of_the_epilogue(kernels: CDLL, seed: int, plan: str, adapter_dtype: torch.dtype) -> None:
-    q = nf4_quantize_reference(torch.randn(37, 384), 64, True)
-    x = torch.randn(3, 384).to(torch.bfloat16)
-    lora_a, lora_b = torch.randn(5, 384).to(adapter_dtype), torch.randn(37, 5).to(adapter_dtype)
-    bias, row_scale = torch.randn(37), torch.rand(37)
-    h = Memory(None, (3, 5), torch.float32)
-    source, a, b = Memory(x), Memory(lora_a), Memory(lora_b)
-    down = LoraDown(source.address, 384, 3, 384, DTYPES[x.dtype], a.address, DTYPES[adapter_dtype], 5, h.address)
-    launched(kernels.peftkern_cuda_lora_down(byref(down), None))
-    torch.testing.assert_close(h.tensor(), x.float() @ lora_a.float().T, rtol=1e-5, atol=1e-4)
-    wide, factors = Memory(bias), Memory(row_scale)
-    epilogue = Epilogue(wide.address, 0, factors.address, h.address, b.address, DTYPES[adapter_dtype], 5, 0.5)
-    y = decode(kernels, x, q, plan_of(plan, q, len(x)), epilogue)
-    product = x.double() @ nf4_dequantize_reference(q, torch.float64).T
-    low_rank = 0.5 * h.tensor().double() @ lora_b.double().T
-    wanted = (product + low_rank) * row_scale.double() + bias.double()
-    assert_near(y, wanted, q, x)
 
 
 @pytest.mark.parametrize("change", ["codes", "absmax", "x"])

@@ -16,7 +16,7 @@ from peftkern.backends import Choice, interpreting
 from peftkern.ops._registration import NATIVE, TRITON
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "tests/gpu").glob("test_*.py"))
+FILES = sorted((ROOT / "tests/gpu").glob("test_*_triton.py"))
 
 
 @pytest.mark.skipif(interpreting(), reason="pytest runs them by itself")

@@ -30,4 +30,10 @@ PEFTKERN_BOTH float finish(const Epilogue& epilogue, float sum, int64_t m, int64
     return sum;
 }
 
+// For sums that have it already.
+PEFTKERN_BOTH Epilogue without_low_rank(Epilogue epilogue) {
+    epilogue.h = nullptr;
+    return epilogue;
+}
+
 }  // namespace peftkern

@@ -3,10 +3,7 @@
 // wait for the sum. Tile 256 of in x T tokens; two consumer warpgroups of 128 in as two products of 64, one producer
 // warpgroup.
 #include "cuda/nf4_gemm_decode.h"
-#include "cuda/nf4_gemm_launch.h"
 #include "cuda/nf4_gemm_tma.h"
-#include "cuda/ptx.h"
-#include "cuda/tensor_map.h"
 
 namespace peftkern {
 namespace {
@@ -70,26 +67,10 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
     const CudaLinear& linear = gemm.linear;
     unsigned char* shared = dynamic_shared();
     constexpr int kStages = kStagesOf<Backward, kTokens>;
-    float* map = reinterpret_cast<float*>(shared + kMapOffset);
-    const Barriers<kStages> barriers{shared_address(shared + kBarrierOffset)};
-    const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Backward::kTile, steps_of(linear.rows, kTokens),
-                              static_cast<int>(steps_of(linear.out_features, Backward::kStep)), gemm.plan.slice_steps);
-    if (threadIdx.x == 0) barriers.init();
-    if (threadIdx.x == kConsumerThreads) {
-        prefetch_map(x_map);
-        prefetch_map(code_map);
-    }
-    __syncthreads();
-
+    const Tile tile = tile_of_block<Backward, kTokens>(gemm);
+    const auto barriers = start_ring<kStages>(shared, x_map, code_map);
     if (threadIdx.x >= kConsumerThreads) {
-        give_registers<kProducerRegisters>();
-        fill_map(map, linear.weight, threadIdx.x - kConsumerThreads, kProducerThreads);
-        sync_part<1, kProducerThreads>();
-        const ScaleReader reader(linear.weight, map, 1.0f);
-        const BackwardBoxes<kTokens> boxes(linear, tile, threadIdx.x - kConsumerThreads);
-        Producer<Backward, kTokens, BackwardBoxes<kTokens>> producer{boxes,    reader,   x_map,
-                                                                     code_map, barriers, shared + kStagesOffsetSm90};
-        produce<kStages>(tile.steps, producer);
+        run_producer<Backward, kTokens>(gemm, tile, x_map, code_map, barriers, 1.0f, shared);
         return;
     }
     take_registers<kConsumerRegisters>();
@@ -113,22 +94,11 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
 #endif
 }
 
-template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, int device, void* stream) {
-    static_assert(kSharedBytes<Backward, kTokens> <= 227 * 1024);
-    const CudaLinear& linear = gemm.linear;
-    CUtensorMap x_map, code_map;
-    if (const int error = encode_tokens(&x_map, linear, linear.out_features, kTokens)) return error;
-    if (const int error = encode_codes(&code_map, linear, Backward::kStep, Backward::kTile / 2)) return error;
-    return launch_tiles<nf4_gemm_backward_sm90<kDtype, kTokens>>(gemm, linear.in_features, Backward::kTile,
-                                                                 kThreadsSm90, kSharedBytes<Backward, kTokens>, device,
-                                                                 stream, x_map, code_map, gemm);
-}
-
 template <Dtype kDtype>
 int launch_dtype(const CudaGemm& gemm, int device, void* stream) {
     return for_tile<16, 32, 64, 128>(gemm.plan.tokens, [&](auto tokens) {
-        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, device, stream);
+        constexpr int kTokens = decltype(tokens)::value;
+        return launch_wgmma<Backward, kTokens, nf4_gemm_backward_sm90<kDtype, kTokens>>(gemm, device, stream);
     });
 }
 

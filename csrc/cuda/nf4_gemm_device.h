@@ -6,6 +6,13 @@
 
 namespace peftkern {
 
+template <class Shape, int kTokens>
+__device__ __forceinline__ Tile tile_of_block(const CudaGemm& gemm) {
+    const CudaLinear& linear = gemm.linear;
+    return tile_of(blockIdx.x, blockIdx.y, kTokens, Shape::kTile, steps_of(linear.rows, kTokens),
+                   static_cast<int>(steps_of(depth_of<Shape>(linear), Shape::kStep)), gemm.plan.slice_steps);
+}
+
 // A scale as it lies in memory: read early, combined late.
 struct RawScale {
     float value;

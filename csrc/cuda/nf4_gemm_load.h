@@ -2,10 +2,22 @@
 // device: `copy` is a function of the caller's.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launchers.h"
 #include "cuda/nf4_gemm_maps.h"
 
 namespace peftkern {
+
+// The length of the contraction, and the columns of the result.
+template <class Shape>
+PEFTKERN_BOTH int64_t depth_of(const CudaLinear& linear) {
+    return Shape::kBackward ? linear.out_features : linear.in_features;
+}
+template <class Shape>
+PEFTKERN_BOTH int64_t columns_of(const CudaLinear& linear) {
+    return Shape::kBackward ? linear.in_features : linear.out_features;
+}
 
 // A block of the weight whose scale is wanted; what is not there has no scale.
 struct ScalePlace {
@@ -117,6 +129,9 @@ struct BackwardLoader {
     }
 };
 
+template <class Shape, int kTokens>
+using Loader = std::conditional_t<Shape::kBackward, BackwardLoader<kTokens>, ForwardLoader<kTokens>>;
+
 // The wgmma kernels: boxes by one thread, load(which operand, offset in the stage, first column, first row) in elements
 // of the operand; two scales of each step by each of 128 threads, at floats place(0) and place(1) of the stage's
 // scales.
@@ -185,5 +200,8 @@ struct BackwardBoxes {
     }
     PEFTKERN_BOTH int place(int i) const { return i * 128 + thread; }
 };
+
+template <class Shape, int kTokens>
+using Boxes = std::conditional_t<Shape::kBackward, BackwardBoxes<kTokens>, ForwardBoxes<kTokens>>;
 
 }  // namespace peftkern

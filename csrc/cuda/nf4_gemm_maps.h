@@ -28,8 +28,9 @@ constexpr int kThreadsSm80 = 256;
 constexpr int kThreadsSm90 = 384;  // two consumer warpgroups and the producer
 
 // A tile's columns of the result, and what one step of it is made of, in this order in its stage.
-template <int kStepDepth, int kTileColumns>
+template <bool kIsBackward, int kStepDepth, int kTileColumns>
 struct Stage {
+    static constexpr bool kBackward = kIsBackward;
     static constexpr int kStep = kStepDepth;
     static constexpr int kTile = kTileColumns;
     static constexpr int kCodeBytes = kTile * kStep / 2;
@@ -42,9 +43,9 @@ struct Stage {
     static constexpr int kBytes = kScalesAt<kTokens> + kScaleBytes;
 };
 // x [2 halves of 64][T tokens][128 B], codes [128 out][64 B], scales fp32 [2 halves][128 out].
-using Forward = Stage<128, 128>;
+using Forward = Stage<false, 128, 128>;
 // dY [T tokens][128 B], codes [64 out][128 B], scales fp32 [4 blocks of 64 in][64 out].
-using Backward = Stage<64, 256>;
+using Backward = Stage<true, 64, 256>;
 
 // cp.async kernels place their first stage after the map (no barriers), TMA kernels after the barriers, 1024-aligned as
 // the 128-byte swizzle wants it.

@@ -1,10 +1,7 @@
 // nf4_linear for 9 to some hundred rows by mma.sync: y^T = W x^T, codes straight to fragments, each block of 64 scaled
 // in fp32 after its product. Tile 128 of out x T tokens; eight warps, four of 32 out for each half of a 128-deep stage.
-#include "cuda/mma_sm80.h"
 #include "cuda/nf4_gemm_decode.h"
-#include "cuda/nf4_gemm_device.h"
-#include "cuda/nf4_gemm_launch.h"
-#include "cuda/ptx.h"
+#include "cuda/nf4_gemm_sm80.h"
 
 namespace peftkern {
 namespace {
@@ -49,60 +46,19 @@ __device__ __forceinline__ void multiply_block(float (&sums)[2][kTokens / 8][4],
 template <Dtype kDtype, int kTokens>
 __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm gemm, const int stage_count) {
     unsigned char* shared = dynamic_shared();
-    float* map = reinterpret_cast<float*>(shared + kMapOffset);
-    unsigned char* stages = shared + kStagesOffsetSm80;
-    constexpr int kStageBytes = Forward::kBytes<kTokens>;
     const CudaLinear& linear = gemm.linear;
-    const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Forward::kTile, steps_of(linear.rows, kTokens),
-                              static_cast<int>(steps_of(linear.in_features, Forward::kStep)), gemm.plan.slice_steps);
-    const ScaleReader reader(linear.weight, map, pair16_unscale<kDtype>());
-    ForwardLoader<kTokens> loader(linear, tile, threadIdx.x);
-    const auto copy = [&](int slot) {
-        const uint32_t stage = shared_address(stages) + slot * kStageBytes;
-        loader.next([&](int to, const void* from, bool valid) { copy_async(stage + to, from, valid); });
-    };
-    const auto store_scale = [&](int slot, RawScale raw) {
-        float* scales = reinterpret_cast<float*>(stages + slot * kStageBytes + Forward::kScalesAt<kTokens>);
-        scales[threadIdx.x] = reader.decode(raw);
-    };
-
-    RawScale first_scales[kMostStagesSm80 - 1];
-#pragma unroll
-    for (int i = 0; i < kMostStagesSm80 - 1; ++i) {
-        first_scales[i] = reader.fetch(loader.scale(tile.step_begin + i));
-        if (i >= stage_count - 1) continue;
-        if (i < tile.steps) copy(i);
-        commit_copies();
-    }
-    RawScale ahead = reader.fetch(loader.scale(tile.step_begin + stage_count - 1));
-    fill_map(map, linear.weight, threadIdx.x, kThreadsSm80);
-    fill_pair16<kDtype>(shared, threadIdx.x, kThreadsSm80);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMostStagesSm80 - 1; ++i)
-        if (i < stage_count - 1) store_scale(i, first_scales[i]);
-
+    const Tile tile = tile_of_block<Forward, kTokens>(gemm);
     const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     const int half = warp >> 2, first_row = (warp & 3) * 32;
     float sums[2][kTokens / 8][4] = {};
-    int slot = 0, fill = stage_count - 1;
-#pragma unroll 1
-    for (int step = 0; step < tile.steps; ++step) {
-        wait_for_stage(stage_count);
-        __syncthreads();
-        if (step + stage_count - 1 < tile.steps) {
-            copy(fill);
-            store_scale(fill, ahead);
-        }
-        commit_copies();
-        ahead = reader.fetch(loader.scale(tile.step_begin + step + stage_count));
-        multiply_block<kDtype, kTokens>(sums, stages + slot * kStageBytes, shared, half, first_row, lane);
-        slot = slot + 1 == stage_count ? 0 : slot + 1;
-        fill = fill + 1 == stage_count ? 0 : fill + 1;
-    }
+    run_ring<Forward, kTokens>(
+        gemm, tile, stage_count, pair16_unscale<kDtype>(), shared,
+        [&] { fill_pair16<kDtype>(shared, threadIdx.x, kThreadsSm80); },
+        [&](const unsigned char* stage) {
+            multiply_block<kDtype, kTokens>(sums, stage, shared, half, first_row, lane);
+        });
 
     // The halves' sums meet in shared memory, over the table and the stages, and leave as rows of y.
-    wait_copies<0>();
     __syncthreads();
     float* result = reinterpret_cast<float*>(shared);
     constexpr int kHalf = kTokens * kRowPitch;
@@ -125,19 +81,11 @@ __global__ void __launch_bounds__(kThreadsSm80, 1) nf4_gemm_sm80(const CudaGemm 
     }
 }
 
-template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, const DeviceTraits& traits, int device, void* stream) {
-    const int stages = stages_that_fit(traits, Forward::kBytes<kTokens>);
-    if (stages < 2) return cudaErrorInvalidConfiguration;
-    const int bytes = kStagesOffsetSm80 + stages * Forward::kBytes<kTokens>;
-    return launch_tiles<nf4_gemm_sm80<kDtype, kTokens>>(gemm, gemm.linear.out_features, Forward::kTile, kThreadsSm80,
-                                                        bytes, device, stream, gemm, stages);
-}
-
 template <Dtype kDtype>
 int launch_dtype(const CudaGemm& gemm, const DeviceTraits& traits, int device, void* stream) {
     return for_tile<16, 32, 64>(gemm.plan.tokens, [&](auto tokens) {
-        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, traits, device, stream);
+        constexpr int kTokens = decltype(tokens)::value;
+        return launch_ring<Forward, kTokens, nf4_gemm_sm80<kDtype, kTokens>>(gemm, traits, device, stream);
     });
 }
 

@@ -3,10 +3,7 @@
 // scales. T <= 64: 16-bit codes, each block of 64 scaled in fp32 after its product. T >= 128: the weights of
 // nf4_dequantize.
 #include "cuda/nf4_gemm_decode.h"
-#include "cuda/nf4_gemm_launch.h"
 #include "cuda/nf4_gemm_tma.h"
-#include "cuda/ptx.h"
-#include "cuda/tensor_map.h"
 
 namespace peftkern {
 namespace {
@@ -96,26 +93,11 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
     const CudaLinear& linear = gemm.linear;
     unsigned char* shared = dynamic_shared();
     constexpr int kStages = kStagesOf<Forward, kTokens>;
-    float* map = reinterpret_cast<float*>(shared + kMapOffset);
-    const Barriers<kStages> barriers{shared_address(shared + kBarrierOffset)};
-    const Tile tile = tile_of(blockIdx.x, blockIdx.y, kTokens, Forward::kTile, steps_of(linear.rows, kTokens),
-                              static_cast<int>(steps_of(linear.in_features, Forward::kStep)), gemm.plan.slice_steps);
-    if (threadIdx.x == 0) barriers.init();
-    if (threadIdx.x == kConsumerThreads) {
-        prefetch_map(x_map);
-        prefetch_map(code_map);
-    }
-    __syncthreads();
-
+    const Tile tile = tile_of_block<Forward, kTokens>(gemm);
+    const auto barriers = start_ring<kStages>(shared, x_map, code_map);
     if (threadIdx.x >= kConsumerThreads) {
-        give_registers<kProducerRegisters>();
-        fill_map(map, linear.weight, threadIdx.x - kConsumerThreads, kProducerThreads);
-        sync_part<1, kProducerThreads>();
-        const ScaleReader reader(linear.weight, map, kExact<kTokens> ? 1.0f : pair16_unscale<kDtype>());
-        const ForwardBoxes<kTokens> boxes(linear, tile, threadIdx.x - kConsumerThreads);
-        Producer<Forward, kTokens, ForwardBoxes<kTokens>> producer{boxes,    reader,   x_map,
-                                                                   code_map, barriers, shared + kStagesOffsetSm90};
-        produce<kStages>(tile.steps, producer);
+        run_producer<Forward, kTokens>(gemm, tile, x_map, code_map, barriers,
+                                       kExact<kTokens> ? 1.0f : pair16_unscale<kDtype>(), shared);
         return;
     }
     take_registers<kConsumerRegisters>();
@@ -134,6 +116,7 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
 
     // Nothing is in flight and no consumer reads a code any more: the tile takes the place of table and stages.
     sync_part<2, kConsumerThreads>();
+    static_assert(kTokens * kRowPitch * 4 <= kSharedBytes<Forward, kTokens>);
     float* result = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
@@ -153,23 +136,11 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
 #endif
 }
 
-template <Dtype kDtype, int kTokens>
-int launch_tokens(const CudaGemm& gemm, int device, void* stream) {
-    static_assert(kSharedBytes<Forward, kTokens> <= 227 * 1024);
-    static_assert(kTokens * kRowPitch * 4 <= kSharedBytes<Forward, kTokens>);
-    const CudaLinear& linear = gemm.linear;
-    CUtensorMap x_map, code_map;
-    if (const int error = encode_tokens(&x_map, linear, linear.in_features, kTokens)) return error;
-    if (const int error = encode_codes(&code_map, linear, Forward::kTile, Forward::kStep / 2)) return error;
-    return launch_tiles<nf4_gemm_sm90<kDtype, kTokens>>(gemm, linear.out_features, Forward::kTile, kThreadsSm90,
-                                                        kSharedBytes<Forward, kTokens>, device, stream, x_map, code_map,
-                                                        gemm);
-}
-
 template <Dtype kDtype>
 int launch_dtype(const CudaGemm& gemm, int device, void* stream) {
     return for_tile<16, 32, 64, 128, 256>(gemm.plan.tokens, [&](auto tokens) {
-        return launch_tokens<kDtype, decltype(tokens)::value>(gemm, device, stream);
+        constexpr int kTokens = decltype(tokens)::value;
+        return launch_wgmma<Forward, kTokens, nf4_gemm_sm90<kDtype, kTokens>>(gemm, device, stream);
     });
 }
 

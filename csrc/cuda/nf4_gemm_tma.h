@@ -1,8 +1,11 @@
-// What the two wgmma kernels share: the ring's barriers, the producer warpgroup, the consumers' waits.
+// What the two wgmma kernels share: the ring's barriers, the producer warpgroup, the consumers' waits, the launch.
 #pragma once
 
 #include "cuda/nf4_gemm_device.h"
+#include "cuda/nf4_gemm_launch.h"
 #include "cuda/nf4_gemm_schedule.h"
+#include "cuda/ptx.h"
+#include "cuda/tensor_map.h"
 #include "cuda/wgmma_sm90.h"
 
 namespace peftkern {
@@ -40,11 +43,25 @@ struct Barriers {
     }
 };
 
-template <class Shape, int kTokens, class Boxes>
+// Once, by all threads, before anything waits.
+template <int kStages>
+__device__ __forceinline__ Barriers<kStages> start_ring(unsigned char* shared, const CUtensorMap& x_map,
+                                                        const CUtensorMap& code_map) {
+    const Barriers<kStages> barriers{shared_address(shared + kBarrierOffset)};
+    if (threadIdx.x == 0) barriers.init();
+    if (threadIdx.x == kConsumerThreads) {
+        prefetch_map(x_map);
+        prefetch_map(code_map);
+    }
+    __syncthreads();
+    return barriers;
+}
+
+template <class Shape, int kTokens>
 struct Producer {
     static constexpr int kStages = kStagesOf<Shape, kTokens>;
 
-    const Boxes& boxes;
+    const Boxes<Shape, kTokens>& boxes;
     const ScaleReader& reader;
     const CUtensorMap& x_map;
     const CUtensorMap& code_map;
@@ -61,7 +78,7 @@ struct Producer {
         unsigned char* stage = stages + slot * Shape::template kBytes<kTokens>;
         const uint32_t barrier = barriers.full(slot);
         if (threadIdx.x == kConsumerThreads) {
-            arrive_expecting(barrier, Boxes::kCopyBytes);
+            arrive_expecting(barrier, Boxes<Shape, kTokens>::kCopyBytes);
             boxes.copy(step, [&](Operand operand, int to, int column, int row) {
                 load_box(shared_address(stage) + to, operand == Operand::kTokens ? x_map : code_map, column, row,
                          barrier);
@@ -73,6 +90,23 @@ struct Producer {
         arrive(barrier);
     }
 };
+
+// All that the producer warpgroup does; scales are `scale_factor` times the weight's.
+template <class Shape, int kTokens>
+__device__ __forceinline__ void run_producer(const CudaGemm& gemm, const Tile& tile, const CUtensorMap& x_map,
+                                             const CUtensorMap& code_map, Barriers<kStagesOf<Shape, kTokens>> barriers,
+                                             float scale_factor, unsigned char* shared) {
+    give_registers<kProducerRegisters>();
+    const CudaLinear& linear = gemm.linear;
+    const int thread = threadIdx.x - kConsumerThreads;
+    float* map = reinterpret_cast<float*>(shared + kMapOffset);
+    fill_map(map, linear.weight, thread, kProducerThreads);
+    sync_part<1, kProducerThreads>();
+    const ScaleReader reader(linear.weight, map, scale_factor);
+    const Boxes<Shape, kTokens> boxes(linear, tile, thread);
+    Producer<Shape, kTokens> producer{boxes, reader, x_map, code_map, barriers, shared + kStagesOffsetSm90};
+    produce<kStagesOf<Shape, kTokens>>(tile.steps, producer);
+}
 
 // The waits of a consumer; the kernels add decode, multiply and promote.
 template <class Shape, int kTokens>
@@ -107,5 +141,19 @@ struct Consumer {
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <class Shape, int kTokens, auto kernel>
+int launch_wgmma(const CudaGemm& gemm, int device, void* stream) {
+    static_assert(kSharedBytes<Shape, kTokens> <= 227 * 1024);
+    const CudaLinear& linear = gemm.linear;
+    // Of the weight, which lies in rows of out, whichever of its sides is contracted.
+    constexpr int kCodeRows = Shape::kBackward ? Shape::kStep : Shape::kTile;
+    constexpr int kCodeColumns = Shape::kBackward ? Shape::kTile : Shape::kStep;
+    CUtensorMap x_map, code_map;
+    if (const int error = encode_tokens(&x_map, linear, depth_of<Shape>(linear), kTokens)) return error;
+    if (const int error = encode_codes(&code_map, linear, kCodeRows, kCodeColumns / 2)) return error;
+    return launch_tiles<kernel>(gemm, columns_of<Shape>(linear), Shape::kTile, kThreadsSm90,
+                                kSharedBytes<Shape, kTokens>, device, stream, x_map, code_map, gemm);
+}
 
 }  // namespace peftkern

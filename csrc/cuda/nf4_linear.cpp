@@ -2,9 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/dense.h"
-#include "cuda/dispatch.h"
-#include "cuda/host.h"
 #include "cuda/nf4_gemm.h"
+#include "cuda/nf4_linear.h"
 
 namespace peftkern {
 namespace {
@@ -15,36 +14,6 @@ Tensor dequantized(const char* op, const OnDevice& device, const Nf4Weight& weig
     const CudaDequantize task{weight.view, out_features * in_features, dense.mutable_data_ptr(), dtype};
     check_cuda(op, peftkern_cuda_nf4_dequantize(&task, device.stream()));
     return dense;
-}
-
-void decode(const char* op, const OnDevice& device, const DeviceTraits& traits, CudaLinear& task, const Tensor& y) {
-    const DecodePlan plan = decode_plan(task.rows, task.out_features, task.in_features, traits);
-    Tensor partials;
-    if (plan.splits > 1) {
-        partials = torch::stable::new_empty(y, {plan.splits, task.rows, task.out_features}, ScalarType::Float);
-        task.partials = partials.mutable_data_ptr<float>();
-    }
-    task.splits = plan.splits;
-    check_cuda(op, peftkern_cuda_nf4_linear_decode(&task, &plan, device.index(), device.stream()));
-}
-
-// The GEMM kernels come with every device that the build serves.
-bool has_gemm(const DeviceTraits& traits) {
-    return traits.compute_capability >= 80;
-}
-
-CudaLinear linear_task(const XRows& rows, const Nf4Weight& weight, int64_t out_features, int64_t in_features,
-                       Tensor& y) {
-    CudaLinear task = {};
-    task.x = rows.tensor.const_data_ptr();
-    task.x_stride = rows.stride;
-    task.rows = rows.rows;
-    task.in_features = in_features;
-    task.out_features = out_features;
-    task.dtype = rows.dtype;
-    task.weight = weight.view;
-    task.y = y.mutable_data_ptr();
-    return task;
 }
 
 void gemm(const char* op, const OnDevice& device, const DeviceTraits& traits, bool backward, const CudaLinear& task,
@@ -68,8 +37,7 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
     const XRows rows(op, "x", x);
     const Nf4Weight weight(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size,
                            out_features * rows.columns);
-    Tensor wide_bias;
-    if (bias.has_value()) wide_bias = matching(op, "bias", *bias, bias->scalar_type(), out_features, codes);
+    const Tensor own_bias = dense_bias(op, bias, out_features, codes);
 
     const DeviceTraits traits = device.traits();
     const LinearCall call{rows.rows, out_features,    rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
@@ -79,17 +47,14 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
         const Tensor dense = dequantized(op, device, weight, x, rows.dtype, out_features, rows.columns);
         Tensor y = torch::stable::new_empty(x, {rows.rows, out_features}, x.scalar_type());
         if (bias.has_value())
-            y = linear_of(rows.tensor, dense, torch::stable::to(wide_bias, x.scalar_type()));
+            y = linear_of(rows.tensor, dense, torch::stable::to(own_bias, x.scalar_type()));
         else
             matmul_into(y, rows.tensor, torch::stable::transpose(dense, 0, 1));
         return torch::stable::reshape(y, sizes_with_columns(x, out_features));
     }
     Tensor y = torch::stable::new_empty(x, sizes_with_columns(x, out_features), x.scalar_type());
     CudaLinear task = linear_task(rows, weight, out_features, rows.columns, y);
-    if (bias.has_value()) {
-        task.epilogue.bias = wide_bias.const_data_ptr();
-        task.epilogue.bias_dtype = element_dtype(op, "bias", wide_bias.scalar_type());
-    }
+    add_bias(op, task, own_bias);
     if (kernel == LinearKernel::kDecode)
         decode(op, device, traits, task, y);
     else

@@ -1,5 +1,7 @@
 // nf4_linear for 1 to 8 rows: codes stream to registers once, become 16-bit pairs by the table and meet x in mma.sync.
 // nf4_decode_maps.h says which lane holds what.
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/mma_sm80.h"
 #include "cuda/nf4_decode_maps.h"
@@ -11,11 +13,11 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kCodeWords = 4;  // of 8 codes: 16 bytes of a row
 constexpr int kXWords = 16;    // of 2 values: the 32 elements of x beside them
+constexpr int kChunk = 32;     // elements of those 16 bytes
 
-// The groups of a warp in every tile, and the tiles of its CTA.
+// The groups of a warp, the same in every tile of its CTA.
 struct Walk {
     int begin, end, step;
-    int64_t first_row, row_step;
 };
 
 // What a lane reads of a group: codes and scales of its two rows of each tile.
@@ -26,93 +28,184 @@ struct Fetched {
     uint8_t byte[2 * kRowTiles];
 };
 
-// Walks a lane through the groups of its warp, tile by tile. Within a tile 32-bit offsets do.
+// Reads a lane's part of groups. What the address of a group needs beside the group is made once for a tile, and within
+// a tile 32-bit offsets do.
 template <int kRowTiles, bool kNested>
 class Reader {
   public:
-    __device__ Reader(const CudaLinear& task, const Walk& walk, int lane)
-        : task_(task), walk_(walk), lane_(lane), group_(walk.begin), first_row_(walk.first_row) {
-        enter_tile();
+    __device__ Reader(const CudaLinear& task, int64_t first_row, int lane)
+        : task_(task), lane_(lane), row_chunks_(static_cast<unsigned>(task.in_features) / kChunk) {
+        enter_tile(first_row);
     }
 
-    // Reads the lane's part of the group and goes to the next one. At the end it stays: that group is read once more.
-    __device__ void fetch(Fetched<kRowTiles>& to) {
-        // Where the second half of the last group is missing, its lanes read the first; x is zero there.
-        int column = group_ * kDecodeGroup + decode_half(lane_) * kDecodeHalf;
-        if (column >= task_.in_features) column -= kDecodeHalf;
-        const unsigned byte = static_cast<unsigned>(column) / 2 + (lane_ & 1) * (kDecodeHalf / 4);
-        const unsigned block = static_cast<unsigned>(column) >> task_.weight.block_shift;
+    __device__ void enter_tile(int64_t first_row) {
+        const int block_shift = task_.weight.block_shift;
+        const int64_t first_block = block_of(first_row * task_.in_features, block_shift);
+        // Scale bytes are counted from the nested block's first one.
+        const int64_t nested_block = first_block >> kNestedBlockShift;
+        const int64_t first_scale = kNested ? nested_block << kNestedBlockShift : first_block;
+        codes_ = reinterpret_cast<const uint4*>(task_.weight.codes) + first_row * row_chunks_;
+        scales_ = static_cast<const Scale*>(task_.weight.absmax) + first_scale;
+        if constexpr (kNested) nested_absmax_ = task_.weight.nested_absmax + nested_block;
+        // Rows behind the last are the last: they are read, but never stored.
+        const int64_t last = task_.out_features - 1 - first_row;
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
-            const unsigned row = min(static_cast<unsigned>(decode_weight_row(lane_) + 8 * i), last_row_);
-            load_streaming(to.codes[i], codes_ + (row * row_bytes() + byte));
-            const unsigned at = row * row_blocks() + block;
-            if constexpr (kNested) {
-                to.byte[i] = __ldg(static_cast<const uint8_t*>(task_.weight.absmax) + first_block_ + at);
-                to.factor[i] = __ldg(nested_absmax_ + ((in_nested_block_ + at) >> kNestedBlockShift));
-            } else {
-                to.factor[i] = __ldg(static_cast<const float*>(task_.weight.absmax) + first_block_ + at);
-            }
+            const int row = decode_weight_row(lane_) + 8 * i;
+            const auto clamped = static_cast<unsigned>(row < last ? row : last);
+            first_chunk_[i] = clamped * row_chunks_;
+            first_scale_[i] = clamped * (static_cast<unsigned>(task_.in_features) >> block_shift) +
+                              static_cast<unsigned>(first_block - first_scale);
         }
-        if (group_ + walk_.step < walk_.end) {
-            group_ += walk_.step;
-        } else if (first_row_ + walk_.row_step < task_.out_features) {
-            group_ = walk_.begin;
-            first_row_ += walk_.row_step;
-            enter_tile();
+    }
+
+    __device__ void fetch(Fetched<kRowTiles>& to, int group) const {
+        // Where the second half of the last group is missing, its lanes read the first; x is zero there.
+        const unsigned chunk =
+            min(static_cast<unsigned>(group * (kDecodeGroup / kChunk) + (lane_ & 3)), row_chunks_ - 1);
+        const unsigned block = chunk * kChunk >> task_.weight.block_shift;
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+            load_streaming(to.codes[i], codes_ + (first_chunk_[i] + chunk));
+            const unsigned at = first_scale_[i] + block;
+            if constexpr (kNested) {
+                to.byte[i] = __ldg(scales_ + at);
+                to.factor[i] = __ldg(nested_absmax_ + (at >> kNestedBlockShift));
+            } else {
+                to.factor[i] = __ldg(scales_ + at);
+            }
         }
     }
 
   private:
-    __device__ unsigned row_bytes() const { return static_cast<unsigned>(task_.in_features / 2); }
-    __device__ unsigned row_blocks() const {
-        return static_cast<unsigned>(task_.in_features >> task_.weight.block_shift);
-    }
-    __device__ void enter_tile() {
-        const int64_t e = first_row_ * task_.in_features;
-        codes_ = task_.weight.codes + byte_of(e);
-        first_block_ = block_of(e, task_.weight.block_shift);
-        nested_absmax_ = task_.weight.nested_absmax + (first_block_ >> kNestedBlockShift);
-        in_nested_block_ = static_cast<unsigned>(first_block_) & ((1u << kNestedBlockShift) - 1);
-        // Rows behind the last are the last: they are read, but never stored.
-        const int64_t last = task_.out_features - 1 - first_row_;
-        last_row_ = static_cast<unsigned>(last < kRowTiles * kDecodeTile ? last : kRowTiles * kDecodeTile);
-    }
+    using Scale = std::conditional_t<kNested, uint8_t, float>;
 
     const CudaLinear& task_;
-    const Walk& walk_;
-    int lane_, group_;
-    int64_t first_row_, first_block_;
-    const uint8_t* codes_;
+    int lane_;
+    unsigned row_chunks_;
+    const uint4* codes_;
+    const Scale* scales_;
     const float* nested_absmax_;
-    unsigned in_nested_block_, last_row_;
+    unsigned first_chunk_[2 * kRowTiles], first_scale_[2 * kRowTiles];
 };
 
-// The lane's 32 elements of the rows of x that it supplies, zeros where it supplies none.
+// A lane's 32 elements of a group in the rows of x that it supplies. Elsewhere it supplies zeros, which are written
+// once: no load ever reaches them.
 template <int kMasks>
-__device__ __forceinline__ void load_x(uint32_t (&words)[kMasks][kXWords], const CudaLinear& task, int group,
-                                       int lane) {
-    const int column = group * kDecodeGroup + decode_first_element(lane);
+class XReader {
+  public:
+    uint32_t words[kMasks][kXWords] = {};
+
+    __device__ XReader(const CudaLinear& task, int lane)
+        : in_features_(static_cast<int>(task.in_features)), first_element_(decode_first_element(lane)) {
 #pragma unroll
-    for (int mask = 0; mask < kMasks; ++mask) {
-        const int row = mask * kDecodeMaskRows + decode_supplied_row(lane);
-        const bool there = decode_supplies(lane) && row < task.rows && column < task.in_features;
-        const auto* from = static_cast<const uint16_t*>(task.x) + row * task.x_stride + column;
-#pragma unroll
-        for (int i = 0; i < kXWords; i += 4) {
-            uint4 four = make_uint4(0, 0, 0, 0);
-            if (there) four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
-            words[mask][i] = four.x, words[mask][i + 1] = four.y;
-            words[mask][i + 2] = four.z, words[mask][i + 3] = four.w;
+        for (int mask = 0; mask < kMasks; ++mask) {
+            const int row = mask * kDecodeMaskRows + decode_supplied_row(lane);
+            supplies_[mask] = decode_supplies(lane) && row < task.rows;
+            from_[mask] = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(task.x) + row * task.x_stride +
+                                                         first_element_);
         }
     }
-}
+
+    __device__ void fetch(int group) {
+#pragma unroll
+        for (int mask = 0; mask < kMasks; ++mask) {
+            if (!supplies_[mask]) continue;
+            const uint4* from = from_[mask] + group * (kDecodeGroup / 8);
+#pragma unroll
+            for (int i = 0; i < kXWords; i += 4) {
+                const uint4 four = __ldg(from + i / 4);
+                words[mask][i] = four.x, words[mask][i + 1] = four.y;
+                words[mask][i + 2] = four.z, words[mask][i + 3] = four.w;
+            }
+        }
+    }
+
+    // The same, where the group's second half may be missing.
+    __device__ void fetch_last(int group) {
+        if (group * kDecodeGroup + first_element_ < in_features_) {
+            fetch(group);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kMasks * kXWords; ++i) words[i / kXWords][i % kXWords] = 0;
+    }
+
+  private:
+    int in_features_, first_element_;
+    const uint4* from_[kMasks];
+    bool supplies_[kMasks];
+};
 
 struct Shared {
     unsigned char table[kPairTableBytes];
     float map[kNestedMapSize];
     float sums[1];  // [warps][rows of x][rows of the weight]
 };
+
+// Adds a group's products, each block's by its scale; the codebook's own scale waits for the end.
+template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
+__device__ __forceinline__ void multiply_group(float (&sums)[kRowTiles][kMasks][4], const Fetched<kRowTiles>& group,
+                                               const uint32_t (&x)[kMasks][kXWords], const Shared& shared,
+                                               uint32_t lane_offset, float offset) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+        float products[kMasks][4] = {};
+#pragma unroll
+        for (int j = 0; j < kDecodeProducts; ++j) {
+            uint32_t a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t word = group.codes[2 * tile + (i & 1)][j >> 1];
+                const uint32_t at = pair_address(word, (j & 1) * 2 + (i >> 1), lane_offset);
+                a[i] = *reinterpret_cast<const uint32_t*>(shared.table + at);
+            }
+#pragma unroll
+            for (int mask = 0; mask < kMasks; ++mask)
+                multiply_add<kDtype>(products[mask], a, x[mask][2 * j], x[mask][2 * j + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float scale = group.factor[2 * tile + i];
+            if constexpr (kNested) scale = nested_scale(shared.map[group.byte[2 * tile + i]], scale, offset);
+#pragma unroll
+            for (int mask = 0; mask < kMasks; ++mask) {
+                sums[tile][mask][2 * i] += scale * products[mask][2 * i];
+                sums[tile][mask][2 * i + 1] += scale * products[mask][2 * i + 1];
+            }
+        }
+    }
+}
+
+// Adds a lane's share of the low-rank part, the ranks from `first` on by `step`, to the sums of its rows: loads of many
+// ranks are on their way at once.
+template <int kMasks, int kRowTiles>
+__device__ __forceinline__ void add_low_rank(float (&sums)[kRowTiles][kMasks][4], const CudaLinear& task,
+                                             int64_t first_row, int lane, int first, int step) {
+    const Epilogue& epilogue = task.epilogue;
+#pragma unroll 1
+    for (int r = first; r < epilogue.rank; r += step) {
+        float b[kRowTiles][2], h[kMasks][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+            const int64_t weight_row = first_row + decode_weight_row(lane) + 8 * i;
+            const bool there = weight_row < task.out_features;
+            const int64_t at = weight_row * epilogue.rank + r;
+            b[i / 2][i % 2] = there ? load_element(epilogue.lora_b, epilogue.lora_b_dtype, at) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kMasks; ++i) {
+            const int row = i / 2 * kDecodeMaskRows + decode_summed_row(lane, i % 2);
+            h[i / 2][i % 2] = row < task.rows ? epilogue.h_scale * epilogue.h[row * int64_t{epilogue.rank} + r] : 0.0f;
+        }
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile)
+#pragma unroll
+            for (int mask = 0; mask < kMasks; ++mask)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[tile][mask][i] += h[mask][i & 1] * b[tile][i >> 1];
+    }
+}
 
 template <Dtype kDtype, int kMasks, int kRowTiles, bool kNested>
 __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
@@ -123,13 +216,14 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
     const int warp = __shfl_sync(~0u, thread / kLanes, 0);  // the same in all lanes, and the compiler knows it
     const int groups = static_cast<int>((task.in_features + kDecodeGroup - 1) / kDecodeGroup);
     const int split = static_cast<int>(blockIdx.y) * plan.split_groups;
-    const Walk walk{split + warp, min(split + plan.split_groups, groups), plan.warps, int64_t{blockIdx.x} * kTileRows,
-                    int64_t{gridDim.x} * kTileRows};
+    const Walk walk{split + warp, min(split + plan.split_groups, groups), plan.warps};
+    const int64_t row_step = int64_t{gridDim.x} * kTileRows;
+    int64_t first_row = int64_t{blockIdx.x} * kTileRows;
 
     // The first codes are on their way while the table is filled.
-    Reader<kRowTiles, kNested> reader(task, walk, lane);
+    Reader<kRowTiles, kNested> reader(task, first_row, lane);
     Fetched<kRowTiles> next;
-    if (walk.begin < walk.end) reader.fetch(next);
+    if (walk.begin < walk.end) reader.fetch(next, walk.begin);
     fill_pair16<kDtype>(shared.table, thread, threads);
     float offset = 0.0f;
     if constexpr (kNested) {
@@ -139,43 +233,38 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
     __syncthreads();
 
     const uint32_t lane_offset = pair_lane_offset<4>(lane);
-    for (int64_t first_row = walk.first_row; first_row < task.out_features; first_row += walk.row_step) {
+    XReader<kMasks> x(task, lane);
+    for (; first_row < task.out_features; first_row += row_step) {
         float sums[kRowTiles][kMasks][4] = {};
+        const auto multiply = [&](const Fetched<kRowTiles>& group) {
+            multiply_group<kDtype, kMasks, kRowTiles, kNested>(sums, group, x.words, shared, lane_offset, offset);
+        };
+        if (walk.begin < walk.end) {
+            int group = walk.begin;
 #pragma unroll 1
-        for (int group = walk.begin; group < walk.end; group += walk.step) {
-            const Fetched<kRowTiles> now = next;
-            reader.fetch(next);
-            uint32_t x[kMasks][kXWords];
-            load_x(x, task, group, lane);
-#pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile) {
-                float products[kMasks][4] = {};
-#pragma unroll
-                for (int j = 0; j < kDecodeProducts; ++j) {
-                    uint32_t a[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const uint32_t word = now.codes[2 * tile + (i & 1)][j >> 1];
-                        const uint32_t at = pair_address(word, (j & 1) * 2 + (i >> 1), lane_offset);
-                        a[i] = *reinterpret_cast<const uint32_t*>(shared.table + at);
-                    }
-#pragma unroll
-                    for (int mask = 0; mask < kMasks; ++mask)
-                        multiply_add<kDtype>(products[mask], a, x[mask][2 * j], x[mask][2 * j + 1]);
-                }
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float scale = now.factor[2 * tile + i];
-                    if constexpr (kNested) scale = nested_scale(shared.map[now.byte[2 * tile + i]], scale, offset);
-                    scale *= pair16_unscale<kDtype>();
-#pragma unroll
-                    for (int mask = 0; mask < kMasks; ++mask) {
-                        sums[tile][mask][2 * i] += scale * products[mask][2 * i];
-                        sums[tile][mask][2 * i + 1] += scale * products[mask][2 * i + 1];
-                    }
-                }
+            for (; group + walk.step < walk.end; group += walk.step) {
+                const Fetched<kRowTiles> now = next;
+                reader.fetch(next, group + walk.step);
+                x.fetch(group);
+                multiply(now);
             }
+            // The last: the first of the next tile is fetched beside it.
+            const Fetched<kRowTiles> now = next;
+            if (first_row + row_step < task.out_features) {
+                reader.enter_tile(first_row + row_step);
+                reader.fetch(next, walk.begin);
+            }
+            x.fetch_last(group);
+            multiply(now);
         }
+
+#pragma unroll
+        for (int i = 0; i < kRowTiles * kMasks * 4; ++i)
+            sums[i / (kMasks * 4)][i / 4 % kMasks][i % 4] *= pair16_unscale<kDtype>();
+        // Until here nothing depends on the kernel before, which may compute h.
+        wait_for_previous_kernel();
+        if (task.epilogue.h && blockIdx.y == 0)
+            add_low_rank<kMasks, kRowTiles>(sums, task, first_row, lane, 2 * warp + decode_half(lane), 2 * plan.warps);
 
         // The halves of a group lie in lanes 2 apart; then the warps' sums are added in the order of the warps.
         float* mine = shared.sums + warp * kXRows * kTileRows;
@@ -194,8 +283,6 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             }
         }
         __syncthreads();
-        // Until here nothing depends on the kernel before, which may compute h.
-        wait_for_previous_kernel();
 #pragma unroll 1
         for (int i = thread; i < task.rows * kTileRows; i += threads) {
             const int row = i / kTileRows;
@@ -207,7 +294,8 @@ __global__ void __launch_bounds__(kDecodeMostWarps* kLanes, 1)
             if (plan.splits > 1)
                 task.partials[blockIdx.y * task.rows * task.out_features + at] = sum;
             else
-                static_cast<uint16_t*>(task.y)[at] = half_of_float<kDtype>(finish(task.epilogue, sum, row, weight_row));
+                static_cast<uint16_t*>(task.y)[at] =
+                    half_of_float<kDtype>(finish(without_low_rank(task.epilogue), sum, row, weight_row));
         }
         __syncthreads();
     }
@@ -252,7 +340,8 @@ int peftkern::peftkern_cuda_nf4_linear_decode(const CudaLinear* task, const Deco
                                   ? launch_dtype<Dtype::kBFloat16>(*task, *plan, device, stream_of(stream))
                                   : launch_dtype<Dtype::kFloat16>(*task, *plan, device, stream_of(stream));
     if (error != cudaSuccess || plan->splits == 1) return error;
-    const CudaSplitSum sum{task->partials, plan->splits, task->rows, task->out_features,
-                           task->epilogue, task->y,      task->dtype};
+    const CudaSplitSum sum{
+        task->partials, plan->splits, task->rows, task->out_features, without_low_rank(task->epilogue),
+        task->y,        task->dtype};
     return peftkern_cuda_split_sum(&sum, stream);
 }

@@ -19,6 +19,7 @@ CASES = (
     "nf4_linear forward",
     "nf4_linear forward+backward",
     "nf4_linear forward fp32",
+    "lora_linear nf4 forward",
     "lora_linear nf4 forward+backward",
     "lora_linear nf4 forward+backward dropout 0.1",
     "lora_linear dense forward+backward",
@@ -92,9 +93,10 @@ def contenders(
         return _scaled(case, shape, step, rotate)
     dropout = 0.1 if "dropout" in case else 0.0
     if case.startswith("lora_linear nf4"):
-        runs = {"peftkern": rotate(lambda: c.lora(nf4(), dropout), step), "peftkern nf4_linear": rotate(nf4, step)}
+        call = step if "backward" in case else c.forward(x)
+        runs = {"peftkern": rotate(lambda: c.lora(nf4(), dropout), call), "peftkern nf4_linear": rotate(nf4, call)}
         if c.has("bitsandbytes") and c.has("peft"):
-            runs["PEFT + bitsandbytes"] = rotate(lambda: c.peft_lora(c.bnb_linear(*shape), dropout), step)
+            runs["PEFT + bitsandbytes"] = rotate(lambda: c.peft_lora(c.bnb_linear(*shape), dropout), call)
         return runs
     if case.startswith("lora_linear dense forward+backward"):
         runs = {"peftkern": rotate(lambda: c.lora(dense(), dropout), step)}

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern._native import ops as native_ops
+from peftkern.nf4 import NF4Weight
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     NUMBER,
@@ -29,6 +31,9 @@ from peftkern.ops._linear import (
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
+
+# What the decode of csrc/cuda/ takes: rows of x, and features of a row.
+CUDA_ROWS, CUDA_FEATURES = 8, 2**26
 
 
 def lora_linear_reference(
@@ -74,7 +79,8 @@ def lora_linear(
         scaling: a number or a 0-d tensor, read at every call (LoRA: alpha / rank).
         bias: [out], optional.
         dropout_p: probability of dropping an element of x on the low-rank path, used if `training`.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "cpu", "triton" or, for 1 to 8 rows of bf16 or fp16 on an NF4Weight without dropout,
+            "cuda"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, scaling, bias and a dense weight.
@@ -85,7 +91,7 @@ def lora_linear(
     check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
     dropout_p = dropout_p if training else 0.0
-    implementation = backends.choose("lora_linear", x, backend).implementation
+    implementation = backends.choose("lora_linear", x, backend, weight, dropout_p).implementation
     if implementation == "reference":
         seed = draw_seed(x.device) if dropout_p > 0 else None
         return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
@@ -109,6 +115,26 @@ def lora_linear_native(
     run = NAMESPACES[implementation].lora_linear
     y, _ = run(x, *native_weight(weight), weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)
     return y
+
+
+def _cuda_limit(x: Tensor, weight: Weight, dropout_p: float) -> str | None:
+    """What the CUDA kernels, which are a decode with the adapter inside, do not take; None if they take the call."""
+    rows, in_features = math.prod(x.shape[:-1]), x.shape[-1]
+    if not isinstance(weight, NF4Weight):
+        return "takes an NF4Weight, got a dense weight"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 or fp16, got {x.dtype}"
+    if rows > CUDA_ROWS:
+        return f"takes at most {CUDA_ROWS} rows of x, got {rows}"
+    if dropout_p > 0:
+        return f"takes no dropout, got dropout_p={dropout_p}"
+    if weight.block_size < 64 or in_features % weight.block_size or not 0 < in_features <= CUDA_FEATURES:
+        wanted = f"takes weights of 1 to {CUDA_FEATURES} in features, whole blocks of 64 or more"
+        return f"{wanted}, got {in_features} in blocks of {weight.block_size}"
+    return None
+
+
+backends.CUDA_LIMITS["lora_linear"] = _cuda_limit
 
 
 def check_lora(
@@ -198,6 +224,44 @@ def _fake_backward(
     )
 
 
+def _backward_on_cuda(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op for the few rows that forward takes on CUDA: nf4_linear_backward, and torch's products in fp32.
+
+    The base's part of grad_x is rounded before the low-rank part is added: two roundings.
+    """
+    grad_x, grad_a, grad_b = grad_y.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    with torch.autocast(x.device.type, enabled=False):  # it would round the products
+        rows, grad_rows = x.reshape(-1, x.shape[-1]).float(), grad_y.reshape(-1, grad_y.shape[-1]).float()
+        grad_h = scaling * (grad_rows @ lora_b.float())
+        if need_a:
+            grad_a = (grad_h.t() @ rows).to(lora_a.dtype)
+        if need_b:
+            grad_b = (scaling * (grad_rows.t() @ h)).to(lora_b.dtype)
+        if need_x:
+            nf4 = (weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+            base = native_ops.nf4_linear_backward(grad_y, *nf4, x.shape[-1])
+            grad_x = (base.float() + (grad_h @ lora_a.float()).view(x.shape)).to(grad_y.dtype)
+    return grad_x, grad_a, grad_b
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, *weight, block_size, _, lora_a, lora_b, scaling, bias, dropout_p, seed = inputs
     ctx.save_for_backward(x, output[1], *weight, lora_a, lora_b, seed)
@@ -236,3 +300,4 @@ def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None
 
 register("lora_linear", _fake, _backward, _setup_context, triton="lora_linear_triton")
 register("lora_linear_backward", _fake_backward, raise_double_backward("lora_linear"), triton="lora_linear_triton")
+torch.library.impl("peftkern::lora_linear_backward", "cuda", _backward_on_cuda)

@@ -1,6 +1,6 @@
-"""Tests of the Triton kernels: on a GPU, or on the CPU by Triton's interpreter (TRITON_INTERPRET=1).
+"""Tests of the GPU kernels: on a GPU, and the Triton ones on the CPU by Triton's interpreter (TRITON_INTERPRET=1).
 
-Without either nothing here is collected; `tests/test_triton.py` runs each file in a process that interprets.
+Without either nothing here is collected; `tests/test_triton.py` runs each Triton file in a process that interprets.
 """
 
 import pytest
