@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -190,3 +191,17 @@ def test_checkpointing_and_compile(seed: int) -> None:
 def expected_of(expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the names of a compiled module's parameters."""
     return {name if name == "logits" else f"_orig_mod.{name}": value for name, value in expected.items()}
+
+
+def test_models_with_our_own_adapters(seed: int) -> None:
+    """Attention and loss; there is nothing of PEFT's to change."""
+    model, inputs = make("Llama"), batch()
+    peftkern.add_lora(model, rank=4)
+    expected = results(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftkern.accelerate(model)
+    assert_near(results(model, inputs), expected)
+    assert ran(model) == [(1, {})] * 2
+    assert {"prefix_attention", "cross_entropy", "lora_linear"} == {record.op for record in peftkern.explain(model)}
+    torch.testing.assert_close(results(peftkern.restore(model), inputs), expected, rtol=0, atol=0)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkern import backends
-from peftkern.integrations._peft_base import FAST, calls_of, transform_obstacle
+from peftkern.integrations._calls import FAST, calls_of, transform_obstacle
 from peftkern.ops.prefix_attention import prefix_attention
 
 NAME = "peftkern"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peftkern import backends
-from peftkern.integrations._peft_base import transform_obstacle
+from peftkern.integrations._calls import transform_obstacle
 from peftkern.ops.cross_entropy import OP, cross_entropy
 
 _OWN = "_loss_function"  # where transformers keeps a loss that was set

@@ -6,19 +6,18 @@ changes anything, and torch.compile traces it without a graph break.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peftkern import backends
 from peftkern.integrations import _peft_small
+from peftkern.integrations._calls import FAST, PLAIN, calls_of, transform_obstacle
 from peftkern.integrations._peft_small import TOO_SMALL
 from peftkern.nf4 import NF4Weight
 from peftkern.nn._fused_block import AdaptedProjection, Projects
@@ -36,9 +35,6 @@ else:
 
 DENSE: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 """The weight of GPT-2's Conv1D is [in, out]; the ops read its transposed view where it lies."""
-FAST = "fast"
-_CALLS = "_peftkern_calls"
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class Accelerated(Projects):
@@ -76,7 +72,7 @@ class Accelerated(Projects):
 def is_small(layer: Any, x: Any) -> bool:
     """Whether PEFT's own forward is faster; a small layer's call has no time for more than a few looks."""
     # What makes the op slow for small layers is not in a compiled graph.
-    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+    if type(x) not in PLAIN or torch.compiler.is_compiling():
         return False
     least = _peft_small.LEAST.get((layer._usual_op, x.dtype))
     if least is None:
@@ -105,14 +101,6 @@ def _has_least(layer: Any, x: Tensor) -> bool:
     return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-def calls_of(layer: Any) -> Counter[str]:
-    """How often a layer's forward ran, by what it met: FAST or the obstacle."""
-    counts = layer.__dict__.get(_CALLS)
-    if counts is None:
-        counts = layer.__dict__[_CALLS] = Counter()
-    return counts
-
-
 def probe_of(layer: Any, x: Tensor | None) -> Tensor:
     """An input like the one that a layer will get, without rows; x gives device and dtype."""
     base = layer.get_base_layer()
@@ -123,11 +111,6 @@ def probe_of(layer: Any, x: Tensor | None) -> Tensor:
         dtype = x.dtype
     device = weight.device if x is None else x.device
     return torch.empty(0, layer.in_features, dtype=dtype, device=device)
-
-
-def forget_calls(layer: nn.Module) -> None:
-    """As if the layer had never run."""
-    layer.__dict__.pop(_CALLS, None)
 
 
 class Base(NamedTuple):
@@ -205,25 +188,13 @@ def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dic
     reason = idle(layer, names)
     if reason and (type(layer.base_layer) not in BNB_LINEARS or (layer.disable_adapters and layer.merged)):
         return f"{reason}, the base alone"
-    if type(x) not in _PLAIN or x.layout is not torch.strided:
+    if type(x) not in PLAIN or x.layout is not torch.strided:
         return "x is not a plain tensor"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return "x has the wrong shape"
     if not torch.compiler.is_compiling() and _has_any_global_hook():
         return "global module hooks"
     return transform_obstacle(x)
-
-
-def transform_obstacle(x: Tensor) -> str:
-    """What of torch's transforms is at work that the ops have no rule for."""
-    if type(x) not in _PLAIN or x.layout is not torch.strided:
-        return "x is not a plain tensor"
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
-    return ""
 
 
 def base_obstacle(layer: Any, x: Tensor, op: str) -> str:
@@ -275,7 +246,7 @@ def hidden_obstacle(name: str, module: nn.Module, tensors: Iterable[Tensor | Non
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN or hasattr(tensor, "ds_id"):
+        if type(tensor) not in PLAIN or hasattr(tensor, "ds_id"):
             return f"{name} has sharded or special tensors"
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"

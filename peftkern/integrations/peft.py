@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peftkern import backends
 from peftkern.blocks import exchange_blocks
+from peftkern.nn._adapters import AdapterModule
 from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
@@ -55,7 +56,7 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
 
     Modules of transformers that look their attention up run torch's ("sdpa") on `prefix_attention` without a prefix,
     and transformers' loss of causal language models on `cross_entropy`, where they are faster. The model's config stays
-    as it is.
+    as it is. A model with peftkern's own adapters gains these two as well.
 
     Also mended: `merge` on 4-bit layers scales `lora_bias`, (IA)^3 on 4-bit layers returns x's dtype, and bitsandbytes'
     eval path no longer repacks the 4-bit weights of these layers in place.
@@ -66,19 +67,20 @@ def accelerate(model: Model, fuse_blocks: bool = False) -> Model:
             op each, where all of them are such layers of LoRA. It saves memory, not time.
 
     Returns:
-        The same model. Without PEFT's layers, or with a PEFT outside TESTED_VERSIONS, nothing changes but a warning.
+        The same model. Without adapters, or with a PEFT outside TESTED_VERSIONS, nothing changes but a warning.
 
     Raises:
         TypeError: `model` is not an nn.Module.
     """
     _check_module("accelerate", model)
     layers = [module for _, module in _peft_layers(model)]
-    if not layers:
+    ours = any(isinstance(module, AdapterModule) for module in model.modules())
+    if not layers and not ours:
         warnings.warn("accelerate: the model has no layers of PEFT; nothing to accelerate", stacklevel=2)
-    elif _is_supported("accelerate"):
+    elif not layers or _is_supported("accelerate"):
         for layer in layers:
             _accelerate_layer(layer)
-        for part in _PARTS:
+        for part in _PARTS if "transformers" in sys.modules else ():
             import_module(part).use(model)
         if fuse_blocks and not exchange_blocks(model):
             warnings.warn("accelerate: the model has no block to fuse; see peftkern.fuse_blocks", stacklevel=2)
@@ -265,7 +267,8 @@ def _accelerate_layer(layer: Any) -> None:
 
 
 def _restore_layer(layer: Any) -> None:
-    from peftkern.integrations._peft_base import forget_calls, let_repack
+    from peftkern.integrations._calls import forget_calls
+    from peftkern.integrations._peft_base import let_repack
 
     let_repack(layer.base_layer, layer.__dict__.pop(_REPACKS, None))
     forget_calls(layer)

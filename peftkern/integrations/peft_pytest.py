@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.integrations import _peft_ia3, _peft_lora
-from peftkern.integrations._peft_base import BNB_LINEARS, FAST, idle
+from peftkern.integrations._calls import FAST
+from peftkern.integrations._peft_base import BNB_LINEARS, idle
 from peftkern.nn.nf4_linear import NF4Linear
 
 # (feature, FAST or the obstacle) -> forwards; one forward has several features.
