@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peftkern.integrations.bitsandbytes import DTYPES, QUANT_STATE_KEY, bnb_state_dict, read_bnb
 from peftkern.model import _has_part
 from peftkern.nf4 import NF4Weight
-from peftkern.nn.nf4_linear import NF4Linear
+from peftkern.nn.nf4_linear import NF4Linear, gathered
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 METHOD = "peftkern_nf4"
@@ -271,8 +272,12 @@ class NF4Quantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for ways to load that cannot work with codes and scales."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("NF4Config: 4-bit layers cannot be offloaded to disk; use a device_map without it")
+        if is_fsdp_enabled():
+            # accelerate sends what rank 0 has loaded to the others, but no buffers, and the scales are buffers.
+            raise ValueError("NF4Config: FSDP must have cpu_ram_efficient_loading=False, got True")
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether it is the weight of a layer to be 4-bit."""
@@ -293,7 +298,9 @@ class NF4Quantizer(HfQuantizer):
         return {"deserialize": _Read}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        return bnb_state_dict(model), {}
+        """What `save_pretrained` writes; a sharded model is gathered, so that every process has to call it."""
+        entries = {name: gathered(value) for name, value in model.state_dict().items()}
+        return bnb_state_dict(model, entries), {}
 
     def quantize(self, model: nn.Module, path: str, weight: Tensor) -> NF4Linear:
         """Swaps the layer at `path` for an NF4Linear of this weight."""
