@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -238,6 +238,13 @@ class _Keep(ConversionOps):
         return input_dict
 
 
+class _Conversion(WeightConverter):
+    """For older releases, which would rename what is saved to the first of the names that are loaded."""
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("weight", "weight")
+
+
 def _single(value: Any) -> Tensor:
     """transformers collects each name's tensors in a list."""
     return value[0] if isinstance(value, list) else value
@@ -296,6 +303,13 @@ class NF4Quantizer(HfQuantizer):
 
     def get_load_operations(self) -> dict[str, type]:
         return {"deserialize": _Read}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The base class makes it of the two above; not in older releases, which know neither."""
+        if hasattr(HfQuantizer, "serialized_names"):
+            return super().get_weight_conversions()
+        names = sorted(self.serialized_names["weight"], key=len, reverse=True)  # the first that matches is taken
+        return [_Conversion(names, "weight", [_Read(self)])] if self.pre_quantized else []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` writes; a sharded model is gathered, so that every process has to call it."""
