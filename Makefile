@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden peft-suite bnb-suite gpu-check
+.PHONY: demo test lint bench setup clean adapters-golden peft-suite bnb-suite versions gpu-check
 
 demo: setup
 	$(BIN)/peftkern finetune --compare --output runs/demo
@@ -32,6 +32,10 @@ peft-suite: setup
 # bitsandbytes' own tests of its 4-bit layers, stock and on our kernels: make bnb-suite BNB_SRC=its source tree.
 bnb-suite: setup
 	$(BIN)/python tests/bnb_suite.py "$(BNB_SRC)"
+
+# The tests of the integrations with the oldest and the newest supported releases, an environment in build/versions each.
+versions: setup
+	$(BIN)/python tests/versions.py
 
 setup: $(VENV)/built
 

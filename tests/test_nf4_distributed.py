@@ -1,51 +1,26 @@
 """NF4Linear and LoRALinear under DDP and FSDP2, on two processes and gloo: gradients and state dicts of one process."""
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from nf4_layers import IN, OUT, assert_entries, snapshot
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from two_processes import SHARDS_UINT8, WORLD_SIZE, spawn
 
 import peftkern
 from peftkern.integrations.bitsandbytes import bnb_state_dict
 from peftkern.nn import LoRALinear, NF4Linear
 
-WORLD_SIZE = 2
 ROWS = 4  # of each process
 TRAINABLE = {"2.bias", *(f"{layer}.lora_{factor}.default.weight" for layer in (0, 4) for factor in "AB")}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-SHARDS_UINT8 = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="FSDP2 shards uint8 parameters from torch 2.13 on"
-)
-
-Worker = Callable[[int, Path], None]
-
-
-def spawn(worker: Worker, directory: Path) -> None:
-    """Runs `worker(rank, directory)` in two processes; an error in either is raised here."""
-    mp.spawn(_start, args=(worker, directory), nprocs=WORLD_SIZE)
-
-
-def _start(rank: int, worker: Worker, directory: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{directory / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    worker(rank, directory)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Without the interpreter's end: threads of torch's that are still there then abort the process now and then.
-    os._exit(0)
 
 
 def model(seed: int = 0) -> nn.Sequential:

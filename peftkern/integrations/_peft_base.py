@@ -246,8 +246,10 @@ def hidden_obstacle(name: str, module: nn.Module, tensors: Iterable[Tensor | Non
     for tensor in tensors:
         if tensor is None:
             continue
+        if hasattr(tensor, "device_mesh"):
+            return f"{name} is sharded, unless FSDP2 gathers it for the call"
         if type(tensor) not in PLAIN or hasattr(tensor, "ds_id"):
-            return f"{name} has sharded or special tensors"
+            return f"{name} has special tensors"
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
     return ""

@@ -24,7 +24,7 @@ from peftkern.nn._fused_block import FusedBlock
 from peftkern.nn.nf4_linear import NF4Linear
 from peftkern.ops._linear import autocast
 
-TESTED_VERSIONS = ((0, 21), (0, 22))
+TESTED_VERSIONS = ((0, 19), (0, 22))
 """PEFT's releases from the first on, up to and without the last."""
 _REPACKS = "_peftkern_repacks"
 # What else of a model changes: each has use, restore, is_ours and explain.

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peftkern.integrations.bitsandbytes import DTYPES, QUANT_STATE_KEY, bnb_state_dict, read_bnb
 from peftkern.model import _has_part
 from peftkern.nf4 import NF4Weight
-from peftkern.nn.nf4_linear import NF4Linear
+from peftkern.nn.nf4_linear import NF4Linear, gathered
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 METHOD = "peftkern_nf4"
@@ -237,6 +238,13 @@ class _Keep(ConversionOps):
         return input_dict
 
 
+class _Conversion(WeightConverter):
+    """For older releases, which would rename what is saved to the first of the names that are loaded."""
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("weight", "weight")
+
+
 def _single(value: Any) -> Tensor:
     """transformers collects each name's tensors in a list."""
     return value[0] if isinstance(value, list) else value
@@ -271,8 +279,12 @@ class NF4Quantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for ways to load that cannot work with codes and scales."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("NF4Config: 4-bit layers cannot be offloaded to disk; use a device_map without it")
+        if is_fsdp_enabled():
+            # accelerate sends what rank 0 has loaded to the others, but no buffers, and the scales are buffers.
+            raise ValueError("NF4Config: FSDP must have cpu_ram_efficient_loading=False, got True")
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether it is the weight of a layer to be 4-bit."""
@@ -292,8 +304,17 @@ class NF4Quantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type]:
         return {"deserialize": _Read}
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The base class makes it of the two above; not in older releases, which know neither."""
+        if hasattr(HfQuantizer, "serialized_names"):
+            return super().get_weight_conversions()
+        names = sorted(self.serialized_names["weight"], key=len, reverse=True)  # the first that matches is taken
+        return [_Conversion(names, "weight", [_Read(self)])] if self.pre_quantized else []
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        return bnb_state_dict(model), {}
+        """What `save_pretrained` writes; a sharded model is gathered, so that every process has to call it."""
+        entries = {name: gathered(value) for name, value in model.state_dict().items()}
+        return bnb_state_dict(model, entries), {}
 
     def quantize(self, model: nn.Module, path: str, weight: Tensor) -> NF4Linear:
         """Swaps the layer at `path` for an NF4Linear of this weight."""

@@ -42,6 +42,11 @@ def _is_sharded(tensor: Tensor | None) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def gathered(value: Any) -> Any:
+    """A DTensor as the whole tensor, from all processes; anything else as it is."""
+    return value.full_tensor() if _is_sharded(value) else value
+
+
 def _quantize(weight: Tensor, block_size: int, double_quant: bool) -> NF4Weight:
     """`nf4_quantize` with a nested_quant_map of its own: shared storage cannot be saved by safetensors."""
     q = nf4_quantize(weight.detach(), block_size, double_quant)
