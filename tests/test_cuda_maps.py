@@ -212,3 +212,21 @@ def test_layouts_that_only_dense_takes(host: CDLL, changes: dict[str, object]) -
 
 def test_rule_for_dx_has_no_decode(host: CDLL) -> None:
     assert host.host_choose_kernel(call(1, backward=True), H200) == GEMM
+
+
+@pytest.mark.parametrize(
+    ("rows", "strides", "wanted"),
+    [
+        (3, (64, 1), 64),
+        (3, (72, 1), 72),
+        (3, (68, 1), 0),  # not 16 bytes apart
+        (3, (1, 3), 0),
+        (3, (0, 1), 0),  # expanded
+        (1, (67, 1), 64),  # a row of a matrix of odd rows: contiguous for torch, whatever its stride
+        (1, (0, 1), 64),
+        (1, (1, 3), 0),
+        (0, (1, 1), 64),
+    ],
+)
+def test_rows_that_are_read_where_they_lie(host: CDLL, rows: int, strides: tuple[int, int], wanted: int) -> None:
+    assert host.host_row_stride(rows, 64, *strides) == wanted
