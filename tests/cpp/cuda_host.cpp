@@ -36,6 +36,14 @@ int64_t host_row_stride(int64_t rows, int64_t columns, int64_t row_stride, int64
     return readable ? stride_of_rows(rows, columns, row_stride) : 0;
 }
 
+void host_set_device(int device) {
+    cudaSetDevice(device);
+}
+
+bool host_last_was_programmatic() {
+    return emulation::last_was_programmatic;
+}
+
 uint32_t host_pair_address(uint32_t word, int i, int lane, int entry_bytes) {
     return pair_address(word, i, entry_bytes == 4 ? pair_lane_offset<4>(lane) : pair_lane_offset<8>(lane));
 }
