@@ -87,10 +87,12 @@ struct cudaFuncAttributes {
 namespace emulation {
 constexpr int kPtxVersions[] = {80, 90};  // of the code of device 0, and of device 1
 inline int current_device = 0;
+inline bool has_context = false;            // of this thread
 inline bool last_was_programmatic = false;  // of the launches
 }  // namespace emulation
 inline cudaError_t cudaSetDevice(int device) {
     emulation::current_device = device;
+    emulation::has_context = true;
     return cudaSuccess;
 }
 template <class Kernel>
