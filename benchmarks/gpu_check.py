@@ -25,7 +25,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 LLAMA_8B, LLAMA_70B = "4096x4096,14336x4096", "8192x28672"
-CUDA_OPS = ("nf4_dequantize", "nf4_linear", "lora_linear")
+CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear")
+# Of the comparison of the CUDA kernels, which reaches every kernel of every device (tests/test_cuda_maps.py), and what
+# compute-sanitizer can look at in its time: one of each kind.
+RANDOM_SIZES, SANITIZED_SIZES = 32, ("5,128,192", "40,136,320", "130,72,1024")
 DECODE_ROWS, GEMM_ROWS, MANY_ROWS = ["1", "2", "4", "8"], ["16", "32", "64", "128", "256", "512"], ["1024", "8192"]
 
 
@@ -51,9 +54,11 @@ def steps() -> list[Step]:
     blocks = ["lora_qkv nf4 forward+backward", "lora_mlp nf4 forward+backward", "ia3_linear nf4 forward+backward"]
     others = ["bottleneck_adapter forward+backward", "prompt_embedding forward+backward"]
     errors = [PYTHON, "-m", "benchmarks.gpu_errors"]
+    cuda = ["--backends", "cuda", "--ops", *CUDA_OPS]
     found = [
         Step("build", ["bash", "-c", _build()], 300),
         Step("errors", errors, 120, writes=True),
+        Step("errors of cuda", [*errors, *cuda, "--random", str(RANDOM_SIZES)], 150, writes=True),
         Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 120),
         _timing("conversions", ["nf4_dequantize", "nf4_quantize"], f"{LLAMA_8B},{LLAMA_70B}", ["1"], 60),
         _timing("decode", nf4, f"{LLAMA_8B},{LLAMA_70B}", DECODE_ROWS, 90),
@@ -67,9 +72,9 @@ def steps() -> list[Step]:
         _timing("prefix", ["prefix_attention forward+backward"], "4096x4096", ["512"], 60),
     ]
     if shutil.which("compute-sanitizer"):
-        tiny = [*errors, "--backends", "cuda", "--ops", *CUDA_OPS, "--sizes", "5,128,192"]
+        few = [*errors, *cuda, "--sizes", *SANITIZED_SIZES]
         for tool in ("memcheck", "racecheck"):
-            found.insert(3, Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny], 120))
+            found.insert(4, Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *few], 150))
     return found
 
 

@@ -118,7 +118,7 @@ def errors(report: dict[str, Any], op: str, backend: str) -> str | None:
     rows = [
         row
         for step in report["steps"]
-        if step["step"] == "errors"
+        if step["step"].startswith("errors")
         for row in step.get("result", {}).get("rows", ())
         if row["op"] == op and row["backend"] == backend and "error" in row
     ]

@@ -30,7 +30,7 @@ def test_every_op_is_compared_with_float64(tmp_path):
     arguments = ["--device", "cpu", "--sizes", "5,33,64", "--output", str(output)]
     assert gpu_errors.main([*arguments, "--backends", "cpu", "reference"]) == 0
     rows = json.loads(output.read_text())["rows"]
-    assert {row["op"] for row in rows} == set(gpu_status.STEMS) - {"nf4_quantize"}
+    assert {row["op"] for row in rows} == set(gpu_status.STEMS)
     assert all(row["right"] and row["repeats"] for row in rows)
 
 
@@ -48,6 +48,31 @@ def test_a_wrong_gradient_fails(monkeypatch, tmp_path):
     arguments = ["--device", "cpu", "--sizes", "5,33,64", "--ops", "ia3_linear", "--backends", "cpu"]
     assert gpu_errors.main([*arguments, "--output", str(output)]) == 1
     assert {row["worst"] for row in json.loads(output.read_text())["rows"]} == {"grad scale"}
+
+
+def test_one_wrong_element_fails(monkeypatch, tmp_path):
+    right = gpu_errors.run
+
+    def wrong(case, leaves, weight, backend):
+        found = right(case, leaves, weight, backend)
+        if backend == "cpu" and "y0" in found:
+            found["y0"].view(-1)[-1] = 0
+        return found
+
+    monkeypatch.setattr(gpu_errors, "run", wrong)
+    output = tmp_path / "errors.json"
+    arguments = ["--device", "cpu", "--sizes", "200,320,64", "--ops", "nf4_linear", "--backends", "cpu"]
+    assert gpu_errors.main([*arguments, "--output", str(output)]) == 1
+    bf16 = next(row for row in json.loads(output.read_text())["rows"] if row["dtype"] == "bfloat16")
+    assert bf16["error"] < gpu_errors.LIMITS[torch.bfloat16] and not bf16["right"]
+
+
+def test_random_sizes_are_those_of_the_seed(tmp_path):
+    output = tmp_path / "errors.json"
+    arguments = ["--device", "cpu", "--random", "2", "--ops", "nf4_dequantize", "--backends", "cpu"]
+    assert gpu_errors.main([*arguments, "--output", str(output)]) == 0
+    sizes = [",".join(map(str, row["sizes"])) for row in json.loads(output.read_text())["rows"]]
+    assert list(dict.fromkeys(sizes)) == gpu_errors.random_sizes(2, 0)
 
 
 def report_of(medians, errors=()):

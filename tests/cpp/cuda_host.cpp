@@ -30,6 +30,10 @@ int host_choose_kernel(LinearCall call, DeviceTraits device) {
     return static_cast<int>(choose_kernel(call, device));
 }
 
+GemmPlan host_gemm_plan(LinearCall call, DeviceTraits device) {
+    return gemm_plan(device, call.backward, call.rows, call.out_features, call.in_features);
+}
+
 // The stride that kernels are told of rows that they read where they lie; 0: x must be copied.
 int64_t host_row_stride(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
     const bool readable = rows_readable(rows, columns, row_stride, column_stride);
