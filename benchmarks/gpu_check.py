@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: `make gpu-check OUT=DIR`, about eight minutes, without a network.
+"""Everything that wants a GPU, in one command: `make gpu-check OUT=DIR`, about ten minutes, without a network.
 
 Builds for the GPU at hand, then runs the tests, the comparison with float64, compute-sanitizer and the benchmarks, each
 in a process of its own with a time limit, so that one that hangs or dies leaves the others. DIR gets report.json, a log
@@ -64,6 +64,7 @@ def steps() -> list[Step]:
         _timing("decode", nf4, f"{LLAMA_8B},{LLAMA_70B}", DECODE_ROWS, 90),
         _timing("lora decode", with_lora, LLAMA_8B, DECODE_ROWS, 60),
         _timing("gemm", nf4, LLAMA_8B, [*GEMM_ROWS, *MANY_ROWS], 90),
+        _timing("gemm 70b", nf4, LLAMA_70B, [*GEMM_ROWS, *MANY_ROWS], 120),
         _timing("nf4 training step", ["nf4_linear forward+backward"], "14336x4096", GEMM_ROWS, 60),
         _timing("lora", [*lora, "lora_linear nf4 forward+backward"], "4096x4096,2048x2048", ["8192"], 90),
         _timing("dora", dora, "4096x4096", ["8192"], 60),
