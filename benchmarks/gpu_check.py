@@ -59,7 +59,7 @@ def steps() -> list[Step]:
         Step("build", ["bash", "-c", _build()], 300),
         Step("errors", errors, 120, writes=True),
         Step("errors of cuda", [*errors, *cuda, "--random", str(RANDOM_SIZES)], 150, writes=True),
-        Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 120),
+        Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 240),
         _timing("conversions", ["nf4_dequantize", "nf4_quantize"], f"{LLAMA_8B},{LLAMA_70B}", ["1"], 60),
         _timing("decode", nf4, f"{LLAMA_8B},{LLAMA_70B}", DECODE_ROWS, 90),
         _timing("lora decode", with_lora, LLAMA_8B, DECODE_ROWS, 60),
