@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: `make gpu-check OUT=DIR`, about eight minutes, without a network.
+"""Everything that wants a GPU, in one command: `make gpu-check OUT=DIR`, about ten minutes, without a network.
 
 Builds for the GPU at hand, then runs the tests, the comparison with float64, compute-sanitizer and the benchmarks, each
 in a process of its own with a time limit, so that one that hangs or dies leaves the others. DIR gets report.json, a log
@@ -25,7 +25,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 LLAMA_8B, LLAMA_70B = "4096x4096,14336x4096", "8192x28672"
-CUDA_OPS = ("nf4_dequantize", "nf4_linear", "lora_linear")
+CUDA_OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear")
+# Of the comparison of the CUDA kernels, which reaches every kernel of every device (tests/test_cuda_maps.py), and what
+# compute-sanitizer can look at in its time: one of each kind.
+RANDOM_SIZES, SANITIZED_SIZES = 32, ("5,128,192", "40,136,320", "130,72,1024")
 DECODE_ROWS, GEMM_ROWS, MANY_ROWS = ["1", "2", "4", "8"], ["16", "32", "64", "128", "256", "512"], ["1024", "8192"]
 
 
@@ -51,14 +54,17 @@ def steps() -> list[Step]:
     blocks = ["lora_qkv nf4 forward+backward", "lora_mlp nf4 forward+backward", "ia3_linear nf4 forward+backward"]
     others = ["bottleneck_adapter forward+backward", "prompt_embedding forward+backward"]
     errors = [PYTHON, "-m", "benchmarks.gpu_errors"]
+    cuda = ["--backends", "cuda", "--ops", *CUDA_OPS]
     found = [
         Step("build", ["bash", "-c", _build()], 300),
         Step("errors", errors, 120, writes=True),
-        Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 120),
+        Step("errors of cuda", [*errors, *cuda, "--random", str(RANDOM_SIZES)], 150, writes=True),
+        Step("tests", [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "tests/gpu"], 240),
         _timing("conversions", ["nf4_dequantize", "nf4_quantize"], f"{LLAMA_8B},{LLAMA_70B}", ["1"], 60),
         _timing("decode", nf4, f"{LLAMA_8B},{LLAMA_70B}", DECODE_ROWS, 90),
         _timing("lora decode", with_lora, LLAMA_8B, DECODE_ROWS, 60),
         _timing("gemm", nf4, LLAMA_8B, [*GEMM_ROWS, *MANY_ROWS], 90),
+        _timing("gemm 70b", nf4, LLAMA_70B, [*GEMM_ROWS, *MANY_ROWS], 120),
         _timing("nf4 training step", ["nf4_linear forward+backward"], "14336x4096", GEMM_ROWS, 60),
         _timing("lora", [*lora, "lora_linear nf4 forward+backward"], "4096x4096,2048x2048", ["8192"], 90),
         _timing("dora", dora, "4096x4096", ["8192"], 60),
@@ -67,9 +73,9 @@ def steps() -> list[Step]:
         _timing("prefix", ["prefix_attention forward+backward"], "4096x4096", ["512"], 60),
     ]
     if shutil.which("compute-sanitizer"):
-        tiny = [*errors, "--backends", "cuda", "--ops", *CUDA_OPS, "--sizes", "5,128,192"]
+        few = [*errors, *cuda, "--sizes", *SANITIZED_SIZES]
         for tool in ("memcheck", "racecheck"):
-            found.insert(3, Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny], 120))
+            found.insert(4, Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *few], 150))
     return found
 
 

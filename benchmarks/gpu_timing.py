@@ -13,17 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.run import shape_list, write_report
 from peftkern.bench.cases import CASES, ROWLESS, contenders, work
+from peftkern.bench.contenders import nf4_linear, normal, rotate
 from peftkern.bench.measure import ROTATED_BYTES, Run, summary
+from peftkern.nn import NF4Linear
 
 BACKENDS = ("triton", "cuda", "reference")
 CALLS, ROUNDS, WARM_UP = 20, 30, 3
+DEQUANTIZED = "peftkern dequantize + matmul"  # once for each backend's nf4_dequantize
 COPY_BYTES, MATMUL_SIZE = 2 * 2**30, 8192
 
 Measure = Callable[[], float]
@@ -104,6 +110,17 @@ def ceilings(device: str, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE)
     }
 
 
+def dequantized(shape: tuple[int, int], rows: int, rotated: int) -> Run:
+    """What a fused NF4 product must beat: the weight dequantised in bf16, then the library's product."""
+    x = normal(torch.Generator().manual_seed(rows), rows, shape[1]).bfloat16()
+
+    def call(layer: NF4Linear) -> Tensor:
+        with torch.no_grad():
+            return F.linear(x, layer.dequantize(x.dtype))
+
+    return rotate(partial(nf4_linear, *shape), call, rotated)
+
+
 def all_contenders(case: str, shape: tuple[int, int], rows: int, device: str, backends: Sequence[str]) -> dict:
     """(contender, backend) -> run(i), ours once for each backend that can, peers without one.
 
@@ -113,7 +130,10 @@ def all_contenders(case: str, shape: tuple[int, int], rows: int, device: str, ba
     for backend in backends:
         try:
             with torch.device(device), backend_of(backend):
-                found = contenders(case, *shape, rows, ROTATED_BYTES if device == "cuda" else 0)
+                rotated = ROTATED_BYTES if device == "cuda" else 0
+                found = contenders(case, *shape, rows, rotated)
+                if case == "nf4_linear forward":
+                    found[DEQUANTIZED] = dequantized(shape, rows, rotated)
         except (RuntimeError, NotImplementedError) as error:
             print(f"{case} {shape} rows {rows}: {backend}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             continue

@@ -12,7 +12,13 @@ from peftkern.ops.nf4_quantize import ceil_divide
 
 
 def decode(
-    kernels: CDLL, x: Tensor, q: NF4Weight, plan: Plan, epilogue: Epilogue | None = None, poison_stride: int = 0
+    kernels: CDLL,
+    x: Tensor,
+    q: NF4Weight,
+    plan: Plan,
+    epilogue: Epilogue | None = None,
+    poison_stride: int = 0,
+    device: int = 0,
 ) -> Tensor:
     """The kernel's y; with a stride, rows of x lie apart and poison is between them."""
     out_features, in_features = q.shape
@@ -34,7 +40,7 @@ def decode(
         plan.splits,
         partials.address,
     )
-    launched(kernels.peftkern_cuda_nf4_linear_decode(byref(task), byref(plan), 0, None))
+    launched(kernels.peftkern_cuda_nf4_linear_decode(byref(task), byref(plan), device, None))
     return y.tensor()
 
 
@@ -48,6 +54,7 @@ def lora_linear(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     row_scale: Tensor | None = None,
+    device: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """y and h of the two launches, the low-rank part and the bias in the second's epilogue."""
     rank = len(lora_a)
@@ -61,7 +68,7 @@ def lora_linear(
         epilogue.bias, epilogue.bias_dtype = added.address, DTYPES[bias.dtype]
     if factors is not None:
         epilogue.row_scale = factors.address
-    return decode(kernels, x, q, plan, epilogue), h.tensor()
+    return decode(kernels, x, q, plan, epilogue, device=device), h.tensor()
 
 
 def assert_near(y: Tensor, wanted: Tensor, q: NF4Weight, x: Tensor) -> None:

@@ -118,6 +118,10 @@ class Plan(Structure):
     _fields_ = tuple((name, c_int) for name in ("row_tiles", "warps", "splits", "split_groups", "ctas"))
 
 
+class GemmPlan(Structure):
+    _fields_ = tuple((name, c_int) for name in ("tokens", "slices", "slice_steps"))
+
+
 class Traits(Structure):
     _fields_ = (
         ("compute_capability", c_int),
@@ -153,6 +157,10 @@ LAUNCHERS = {
 HOST_FUNCTIONS = {
     "host_decode_plan": (Plan, (c_int64, c_int64, c_int64, Traits)),
     "host_choose_kernel": (c_int, (Call, Traits)),
+    "host_gemm_plan": (GemmPlan, (Call, Traits)),
+    "host_row_stride": (c_int64, (c_int64, c_int64, c_int64, c_int64)),
+    "host_set_device": (None, (c_int,)),
+    "host_last_was_programmatic": (c_bool, ()),
     "host_pair_address": (c_uint32, (c_uint32, c_int, c_int, c_int)),
     "host_pair_table": (None, (c_void_p, c_int, c_bool)),
     "host_lane_table_address": (c_uint32, (c_uint32, c_int, c_int)),

@@ -81,6 +81,20 @@ def test_all_of_the_epilogue(kernels: CDLL, seed: int, plan: str) -> None:
 
 
 @emulated
+@pytest.mark.parametrize(("device", "overlaps"), [(0, False), (1, True)])
+def test_the_decode_overlaps_only_where_its_code_waits(kernels: CDLL, seed: int, device: int, overlaps: bool) -> None:
+    """Device 0 runs code of PTX 8.0, as one between the build's architectures does: it would not wait for h."""
+    q = nf4_quantize_reference(torch.randn(16, 128), 64, False)
+    x = torch.randn(2, 128).to(torch.bfloat16)
+    kernels.host_set_device(device)
+    try:
+        lora_linear(kernels, x, q, torch.randn(7, 128), torch.randn(16, 7), plan_of("one tile", q, 2), device=device)
+        assert kernels.host_last_was_programmatic() == overlaps
+    finally:
+        kernels.host_set_device(0)
+
+
+@emulated
 @pytest.mark.parametrize("change", ["lora_a", "lora_b", "scaling"])
 def test_the_comparison_would_notice(kernels: CDLL, seed: int, change: str) -> None:
     q = nf4_quantize_reference(torch.randn(16, 128), 64, False)

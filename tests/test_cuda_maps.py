@@ -1,13 +1,16 @@
 """The functions that CUDA kernels share with the host, over all their inputs, and the rule that picks a kernel."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import CDLL, POINTER, c_float, c_uint8
+from itertools import product
 
 import pytest
 import torch
 from cuda_emulation import COMPILER, DTYPES, Call, Traits, library
 from torch import Tensor
 
+from benchmarks import gpu_check, gpu_errors
 from peftkern.ops.nf4_quantize import ceil_divide, codebook, dynamic_map
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -210,5 +213,66 @@ def test_layouts_that_only_dense_takes(host: CDLL, changes: dict[str, object]) -
         assert host.host_choose_kernel(call(rows, **changes), H200) == DENSE
 
 
+Kernel = tuple[bool, int, int, bool]
+
+
+def kernel_of(host: CDLL, traits: Traits, rows: int, out: int, columns: int, backward: bool) -> Kernel:
+    """backward, which kind, the GEMM's tile, whether its contraction is cut."""
+    wanted = call(rows, out_features=out, in_features=columns, backward=backward)
+    kind = host.host_choose_kernel(wanted, traits)
+    if kind == DECODE:
+        return backward, kind, 0, host.host_decode_plan(rows, out, columns, traits).splits > 1
+    plan = host.host_gemm_plan(wanted, traits)
+    return (backward, kind, plan.tokens, plan.slices > 1) if kind == GEMM else (backward, kind, 0, False)
+
+
+def reached(host: CDLL, traits: Traits, sizes: Sequence[str]) -> set[Kernel]:
+    numbers = [tuple(map(int, size.split(","))) for size in sizes]
+    return {kernel_of(host, traits, *each, backward) for each in numbers for backward in (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("device", "forward", "backward"),
+    [
+        ("H200", (16, 32, 64, 128, 256), (16, 32, 64, 128)),
+        ("A100", (16, 32, 64), (16, 32, 64)),
+        ("Ada", (16, 32), (16, 32, 64)),
+    ],
+)
+def test_the_gpu_check_reaches_every_kernel(
+    host: CDLL, device: str, forward: tuple[int, ...], backward: tuple[int, ...]
+) -> None:
+    found = reached(host, DEVICES[device], gpu_errors.random_sizes(gpu_check.RANDOM_SIZES, 0))
+    assert {tokens for back, kind, tokens, _ in found if kind == GEMM and not back} == set(forward)
+    assert {tokens for back, kind, tokens, _ in found if kind == GEMM and back} == set(backward)
+    assert {(back, kind) for back, kind, _, _ in found} == {(False, DECODE), *product((False, True), (GEMM, DENSE))}
+    assert {(back, cut) for back, kind, _, cut in found if kind == GEMM} == set(product((False, True), repeat=2))
+    assert {cut for _, kind, _, cut in found if kind == DECODE} == {False, True}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sanitizer_sees_each_kind(host: CDLL, device: str) -> None:
+    found = reached(host, DEVICES[device], gpu_check.SANITIZED_SIZES)
+    assert {(back, kind) for back, kind, _, _ in found} >= {(False, DECODE), (False, GEMM), (True, GEMM)}
+
+
 def test_rule_for_dx_has_no_decode(host: CDLL) -> None:
     assert host.host_choose_kernel(call(1, backward=True), H200) == GEMM
+
+
+@pytest.mark.parametrize(
+    ("rows", "strides", "wanted"),
+    [
+        (3, (64, 1), 64),
+        (3, (72, 1), 72),
+        (3, (68, 1), 0),  # not 16 bytes apart
+        (3, (1, 3), 0),
+        (3, (0, 1), 0),  # expanded
+        (1, (67, 1), 64),  # a row of a matrix of odd rows: contiguous for torch, whatever its stride
+        (1, (0, 1), 64),
+        (1, (1, 3), 0),
+        (0, (1, 1), 64),
+    ],
+)
+def test_rows_that_are_read_where_they_lie(host: CDLL, rows: int, strides: tuple[int, int], wanted: int) -> None:
+    assert host.host_row_stride(rows, 64, *strides) == wanted

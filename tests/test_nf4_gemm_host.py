@@ -1,11 +1,14 @@
 """The NF4 GEMMs' arithmetic without a GPU: their own loaders, maps, decoders and loops, compiled for the CPU."""
 
+import json
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda_tools import nvcc
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++")
@@ -47,6 +50,23 @@ def test_banks(tmp_path):
 def test_tiles(tmp_path):
     """Each output and each step of it has one place in a plan, whatever the shape."""
     assert run("nf4_gemm_tiles", tmp_path, "-O1") == "4096 rows of weight: 4 slices of 8 steps; 14336: 1\n"
+
+
+def test_a_build_without_90a_runs_hopper_by_mma_sync(tmp_path):
+    """Its wgmma kernels are empty: they would leave y as it was."""
+    assert run("nf4_gemm_wgmma", tmp_path) == "9.0: wgmma\n"
+    assert run("nf4_gemm_wgmma", tmp_path, "-DPEFTKERN_NO_SM90A") == "9.0: mma.sync\n"
+
+
+@pytest.mark.parametrize(("archs", "has_wgmma"), [("80-real;90a-real", True), ("80-real;90-real;80-virtual", False)])
+def test_cmake_tells_the_kernels_what_is_compiled(tmp_path, archs, has_wgmma):
+    if not (nvcc() and shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("needs nvcc, cmake and ninja")
+    arguments = [f"-DPython_EXECUTABLE={sys.executable}", "-DPEFTKERN_CUDA=ON", f"-DPEFTKERN_CUDA_ARCHS={archs}"]
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", *arguments], check=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    of_kernels = [each["command"] for each in commands if "/csrc/cuda/" in each["file"]]
+    assert of_kernels and all(("PEFTKERN_NO_SM90A" not in command) == has_wgmma for command in of_kernels)
 
 
 KERNELS = (

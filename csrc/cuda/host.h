@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "cuda/launchers.h"
+#include "cuda/rows.h"
 
 // Lives in torch's CUDA half; null in a CPU torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -113,10 +114,9 @@ struct XRows {
         columns = all.size(all.dim() - 1);
         for (int64_t i = 0; i + 1 < all.dim(); ++i) rows *= all.size(i);
         tensor = torch::stable::reshape(all, {rows, columns});
-        const bool readable = (columns <= 1 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0 &&
-                              tensor.stride(0) >= columns;  // TMA takes no rows that overlap
+        const bool readable = rows_readable(rows, columns, tensor.stride(0), tensor.stride(1));
         if (!readable || !is_aligned(tensor)) tensor = aligned(tensor);
-        stride = tensor.stride(0);
+        stride = stride_of_rows(rows, columns, tensor.stride(0));
     }
 };
 

@@ -32,11 +32,29 @@ cudaError_t opt_in_shared(int device, int bytes) {
     return error;
 }
 
+// Whether the current device runs code of `kernel` that waits for its predecessor by griddepcontrol: compiled for 9.0
+// or later. On a device between the build's architectures the driver compiles older PTX, which does not wait.
+template <auto kernel>
+cudaError_t waits_for_predecessor(int device, bool* waits) {
+    static std::atomic<int> versions[kMostDevices];  // of the PTX; 0: not asked yet
+    if (device < 0 || device >= kMostDevices) return cudaErrorInvalidDevice;
+    int version = versions[device].load(std::memory_order_relaxed);
+    if (version == 0) {
+        cudaFuncAttributes attributes;
+        const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+        if (error != cudaSuccess) return cudaGetLastError(), error;
+        version = attributes.ptxVersion;
+        versions[device].store(version, std::memory_order_relaxed);
+    }
+    *waits = version >= 90;
+    return cudaSuccess;
+}
+
 struct LaunchShape {
     dim3 grid, block;
     int shared_bytes;
     cudaStream_t stream;
-    bool programmatic = false;  // may start before its predecessor ends (sm_90 on): waits by griddepcontrol
+    bool programmatic = false;  // may start before its predecessor ends, which waits_for_predecessor must allow
 };
 
 template <auto kernel, class... Arguments>

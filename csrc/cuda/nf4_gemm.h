@@ -20,8 +20,11 @@ int peftkern_cuda_nf4_gemm_backward_sm80(const CudaGemm* gemm, const DeviceTrait
 int peftkern_cuda_nf4_gemm_backward_sm90(const CudaGemm* gemm, int device, void* stream);
 }
 
-// By the kernels of the device that gemm.plan was made for.
+// By the kernels of the device that gemm.plan was made for. Where y is empty nothing is launched, nor described to TMA,
+// which knows no empty matrix.
 inline int launch_gemm(const CudaGemm& gemm, bool backward, const DeviceTraits& traits, int device, void* stream) {
+    const CudaLinear& linear = gemm.linear;
+    if (linear.rows == 0 || (backward ? linear.in_features : linear.out_features) == 0) return 0;
     if (has_wgmma(traits))
         return backward ? peftkern_cuda_nf4_gemm_backward_sm90(&gemm, device, stream)
                         : peftkern_cuda_nf4_gemm_sm90(&gemm, device, stream);

@@ -17,7 +17,6 @@ int launch_tiles(const CudaGemm& gemm, int64_t columns, int tile_columns, int th
     if (const cudaError_t error = opt_in_shared<kernel>(device, shared_bytes)) return error;
     const int64_t tiles = ceil_divide(linear.rows, gemm.plan.tokens) * ceil_divide(columns, tile_columns);
     if (tiles > kMostBlocks || linear.splits != gemm.plan.slices) return cudaErrorInvalidValue;
-    if (tiles == 0) return cudaSuccess;
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(gemm.plan.slices));
     const cudaError_t error =
         launch<kernel>({grid, dim3(threads), shared_bytes, stream_of(stream)}, std::forward<Arguments>(arguments)...);

@@ -23,8 +23,15 @@ constexpr TokenTile kSm90Backward[] = {{16, 41}, {32, 45}, {64, 53}, {128, 74}};
 constexpr TokenTile kSm80Forward[] = {{16, 31}, {32, 36}, {64, 64}};
 constexpr TokenTile kSm80Backward[] = {{16, 44}, {32, 45}, {64, 64}};
 
+// A build without 90a has no wgmma in it: its kernels are empty, and 9.0 runs those of mma.sync.
+#ifdef PEFTKERN_NO_SM90A
+constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
+#endif
+
 inline bool has_wgmma(const DeviceTraits& device) {
-    return device.compute_capability == 90;
+    return kHasSm90a && device.compute_capability == 90;
 }
 
 // What the largest tile of the cp.async kernels needs of a block's shared memory, with two stages.

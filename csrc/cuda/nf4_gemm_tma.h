@@ -149,6 +149,9 @@ int launch_wgmma(const CudaGemm& gemm, int device, void* stream) {
     // Of the weight, which lies in rows of out, whichever of its sides is contracted.
     constexpr int kCodeRows = Shape::kBackward ? Shape::kStep : Shape::kTile;
     constexpr int kCodeColumns = Shape::kBackward ? Shape::kTile : Shape::kStep;
+    // The driver's encoder wants a current context, which a thread that has launched nothing yet, such as autograd's,
+    // need not have: unlike a launch it makes none.
+    if (const cudaError_t error = cudaSetDevice(device)) return cudaGetLastError(), error;
     CUtensorMap x_map, code_map;
     if (const int error = encode_tokens(&x_map, linear, depth_of<Shape>(linear), kTokens)) return error;
     if (const int error = encode_codes(&code_map, linear, kCodeRows, kCodeColumns / 2)) return error;

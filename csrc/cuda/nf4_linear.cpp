@@ -45,12 +45,13 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
     const LinearKernel kernel = choose_kernel(call, traits);
     if (kernel == LinearKernel::kDense) {
         const Tensor dense = dequantized(op, device, weight, x, rows.dtype, out_features, rows.columns);
-        Tensor y = torch::stable::new_empty(x, {rows.rows, out_features}, x.scalar_type());
+        const std::vector<int64_t> sizes = sizes_with_columns(x, out_features);
         if (bias.has_value())
-            y = linear_of(rows.tensor, dense, torch::stable::to(own_bias, x.scalar_type()));
-        else
-            matmul_into(y, rows.tensor, torch::stable::transpose(dense, 0, 1));
-        return torch::stable::reshape(y, sizes_with_columns(x, out_features));
+            return torch::stable::reshape(linear_of(rows.tensor, dense, torch::stable::to(own_bias, x.scalar_type())),
+                                          sizes);
+        Tensor y = torch::stable::new_empty(x, {rows.rows, out_features}, x.scalar_type());
+        matmul_into(y, rows.tensor, torch::stable::transpose(dense, 0, 1));
+        return torch::stable::reshape(y, sizes);
     }
     Tensor y = torch::stable::new_empty(x, sizes_with_columns(x, out_features), x.scalar_type());
     CudaLinear task = linear_task(rows, weight, out_features, rows.columns, y);

@@ -308,9 +308,11 @@ cudaError_t launch_tiles(const CudaLinear& task, const DecodePlan& plan, int dev
     constexpr int kFixedBytes = offsetof(Shared, sums);
     cudaError_t error = opt_in_shared<kernel>(device, kFixedBytes + kDecodeMostWarps * kWarpSums);
     if (error != cudaSuccess) return error;
+    bool overlaps = task.epilogue.h != nullptr;
+    if (overlaps && (error = waits_for_predecessor<kernel>(device, &overlaps)) != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(plan.splits));
     const dim3 block(static_cast<unsigned>(plan.warps * kLanes));
-    const LaunchShape shape{grid, block, kFixedBytes + plan.warps * kWarpSums, stream, task.epilogue.h != nullptr};
+    const LaunchShape shape{grid, block, kFixedBytes + plan.warps * kWarpSums, stream, overlaps};
     return launch<kernel>(shape, task, plan);
 }
 

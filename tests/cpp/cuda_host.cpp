@@ -4,6 +4,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/nf4_decode_maps.h"
 #include "cuda/nf4_maps.h"
+#include "cuda/rows.h"
 
 using namespace peftkern;
 
@@ -27,6 +28,24 @@ DecodePlan host_decode_plan(int64_t rows, int64_t out_features, int64_t in_featu
 
 int host_choose_kernel(LinearCall call, DeviceTraits device) {
     return static_cast<int>(choose_kernel(call, device));
+}
+
+GemmPlan host_gemm_plan(LinearCall call, DeviceTraits device) {
+    return gemm_plan(device, call.backward, call.rows, call.out_features, call.in_features);
+}
+
+// The stride that kernels are told of rows that they read where they lie; 0: x must be copied.
+int64_t host_row_stride(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    const bool readable = rows_readable(rows, columns, row_stride, column_stride);
+    return readable ? stride_of_rows(rows, columns, row_stride) : 0;
+}
+
+void host_set_device(int device) {
+    cudaSetDevice(device);
+}
+
+bool host_last_was_programmatic() {
+    return emulation::last_was_programmatic;
 }
 
 uint32_t host_pair_address(uint32_t word, int i, int lane, int entry_bytes) {

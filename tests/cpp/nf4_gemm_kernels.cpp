@@ -65,6 +65,8 @@ int main() {
         check<Dtype::kFloat16>(kernel.traits, kernel.backward, tokens, tokens + 1, kernel.backward ? 72 : 66, 448, 6,
                                2);
         check<Dtype::kBFloat16>(kernel.traits, kernel.backward, tokens, tokens / 2, 200, 256, 7, 1);
+        check<Dtype::kBFloat16>(kernel.traits, kernel.backward, tokens, 0, 136, 256, 6, 99);
+        if (!kernel.backward) check<Dtype::kBFloat16>(kernel.traits, false, tokens, 9, 0, 256, 6, 99);
     }
     printf("%zu kernels\n", sizeof kernels / sizeof kernels[0]);
     return failures != 0;

@@ -25,7 +25,7 @@ struct Problem {
         const int64_t depth = backward ? out : in;
         linear.rows = rows, linear.out_features = out, linear.in_features = in;
         linear.x_stride = depth + 8;
-        x.resize(rows * linear.x_stride - 8);
+        x.resize(rows > 0 ? rows * linear.x_stride - 8 : 0);
         for (auto& value : x) value = half_of_float<kDtype>(static_cast<int>(random_bits() % 17) - 8);
         codes.resize(out * in / 2);
         for (auto& byte : codes) byte = static_cast<uint8_t>(random_bits());

@@ -5,7 +5,7 @@
 
 using cuuint64_t = uint64_t;
 using cuuint32_t = uint32_t;
-enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
+enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_INVALID_CONTEXT = 201 };
 enum CUtensorMapDataType {
     CU_TENSOR_MAP_DATA_TYPE_UINT8,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -26,6 +26,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
                                        const cuuint64_t* sizes, const cuuint64_t* pitches, const cuuint32_t* box,
                                        const cuuint32_t* strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (!emulation::has_context) return CUDA_ERROR_INVALID_CONTEXT;
     const uint32_t element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
     *map = {static_cast<const unsigned char*>(data),
             sizes[0] * element,

@@ -81,6 +81,26 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
     return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+namespace emulation {
+constexpr int kPtxVersions[] = {80, 90};  // of the code of device 0, and of device 1
+inline int current_device = 0;
+inline bool has_context = false;            // of this thread
+inline bool last_was_programmatic = false;  // of the launches
+}  // namespace emulation
+inline cudaError_t cudaSetDevice(int device) {
+    emulation::current_device = device;
+    emulation::has_context = true;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+    attributes->ptxVersion = emulation::kPtxVersions[emulation::current_device];
+    return cudaSuccess;
+}
+
 namespace emulation {
 
 constexpr unsigned kLanes = 32;
@@ -205,6 +225,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
     using namespace emulation;
     if (config->dynamicSmemBytes > kSharedBytes || config->blockDim.x % kLanes) return cudaErrorInvalidValue;
+    last_was_programmatic = config->numAttrs > 0;
     gridDim = config->gridDim;
     blockDim = config->blockDim;
     device.body = [&] { kernel(arguments...); };
