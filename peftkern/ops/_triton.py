@@ -15,11 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends import interpreting
+from peftkern.ops._dropout import keep_scale, threshold
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, NF4_VALUES
 
 INTERPRETING = tl.constexpr(interpreting())
 CODEBOOK = tl.constexpr(NF4_VALUES)
 NESTED_SHIFT = tl.constexpr(NESTED_BLOCK_SIZE.bit_length() - 1)
+# Enough programs for every multiprocessor of any chip; a constant, so that bits do not depend on the chip.
+PROGRAMS = 256
+# Terms of `product` for a dtype of x: fp16 has 11 bits, which take two bf16.
+PARTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Launch(NamedTuple):
@@ -62,6 +67,21 @@ def launch(
         return
     with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+
+
+class Mask(NamedTuple):
+    """The dropout of a pass; nothing is dropped without a seed."""
+
+    seed: Tensor | None = None
+    dropped: int = 0
+    scale: float = 1.0
+
+
+NO_MASK = Mask()
+
+
+def mask_of(dropout_p: float, seed: Tensor | None) -> Mask:
+    return NO_MASK if seed is None else Mask(seed, threshold(dropout_p), keep_scale(dropout_p))
 
 
 def meta_nf4(shape: tuple[int, int], block_size: int = 64, nested: bool = True) -> Any:
