@@ -86,9 +86,10 @@ def compiled(launch: _triton.Launch, chip: Chip) -> CompiledKernel:
     return compile_kernel(source, target=chip.target, options=options)
 
 
-def launches(module: str) -> list[_triton.Launch]:
-    """The launches of a module's shipped configurations, each kind once."""
-    with _triton.recording() as recorded:
+def launches(module: str, chip: Chip = CHIPS["sm_90"]) -> list[_triton.Launch]:
+    """The launches of a module's shipped configurations on a chip, each kind once."""
+    device = _triton.Device(chip.target.warp_size, chip.shared_kib * 1024)
+    with _triton.recording(device) as recorded:
         importlib.import_module(f"peftkern.ops.{module}").configurations()
     return list({f"{each.kernel.__name__} {signature(each)} {each[4:]}": each for each in recorded}.values())
 
@@ -127,7 +128,7 @@ def described(launch: _triton.Launch) -> str:
 def test_compiles(module: str, chip: str, tmp_path: Path) -> None:
     """A dot of 16-bit operands runs on tensor cores; what is built here and what a GPU gets is the same launch."""
     target, shared_kib, matrix, may_spill = CHIPS[chip]
-    found = launches(module)
+    found = launches(module, CHIPS[chip])
     assert found, f"{module}.configurations launches nothing"
     for launch in found:
         kernel = compiled(launch, CHIPS[chip])

@@ -157,6 +157,7 @@ def low_rank_tile(
     columns,
     rank,
     small_row,
+    small_rank,
     factor_rank,
     factor_column,
     ROWS: tl.constexpr,
@@ -170,7 +171,8 @@ def low_rank_tile(
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
         in_small = (row[:, None] < rows) & (ranks[None, :] < rank)
-        values = tl.load(small + row[:, None] * small_row + ranks[None, :], mask=in_small, other=0.0)
+        place = small + row[:, None] * small_row + ranks[None, :].to(tl.int64) * small_rank
+        values = tl.load(place, mask=in_small, other=0.0).to(tl.float32)
         in_factor = (ranks[:, None] < rank) & (column[None, :] < columns)
         place = factor + ranks[:, None].to(tl.int64) * factor_rank + column[None, :] * factor_column
         factors = tl.load(place, mask=in_factor, other=0.0).to(tl.float32)
@@ -224,6 +226,7 @@ def _up(
             columns,
             rank,
             small_row,
+            1,
             factor_rank,
             factor_column,
             ROWS,

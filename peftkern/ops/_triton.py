@@ -38,18 +38,39 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class Device(NamedTuple):
+    """What tiles depend on: the threads of a warp and the bytes of shared memory that one program may have."""
+
+    warp_size: int
+    shared: int
+
+
+# What every chip has; also of tensors on the CPU, in the interpreter.
+LEAST_DEVICE = Device(32, 64 * 1024)
 _recorded: list[Launch] | None = None
+_recorded_device = LEAST_DEVICE
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches in the body go into the list and do not run: what the ahead-of-time tests compile."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(device: Device = LEAST_DEVICE) -> Iterator[list[Launch]]:
+    """Launches in the body, as for `device`, go into the list and do not run: what the ahead-of-time tests compile."""
+    global _recorded, _recorded_device
+    before = _recorded, _recorded_device
+    _recorded, _recorded_device = [], device
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_device = before
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Read from its properties; while `recording`, what that was told."""
+    if not tensor.is_cuda:
+        return _recorded_device
+    properties: Any = torch.cuda.get_device_properties(tensor.device)
+    # Of AMD's chips torch has only the first of the two, which there is all.
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Device(properties.warp_size, shared)
 
 
 def launch(

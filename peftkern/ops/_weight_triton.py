@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.ops._extended_triton import extended, matmul
+from peftkern.ops._low_rank_triton import low_rank_tile
 from peftkern.ops._reduce_triton import sum_parts
 from peftkern.ops._triton import PROGRAMS, block_scale, codebook, decoded, dot_operand, launch
 from peftkern.ops.nf4_dequantize_triton import dequantize_into
@@ -119,20 +121,50 @@ def _few_rows(
     row_stride,
     column_stride,
     block_log2,
+    small,
+    factor,
     rows,
     out_features,
     in_features,
+    rank,
     x_row,
+    small_row,
+    factor_rank,
+    factor_column,
+    scale,
     chunk,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     STEP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     out = tl.program_id(0).to(tl.int64) * OUT + tl.arange(0, OUT)
     row = tl.arange(0, ROWS).to(tl.int64)
     table = codebook()
-    total = tl.zeros([OUT, ROWS], tl.float32)
     first = tl.program_id(1) * chunk
+    if small is None:
+        total = tl.zeros([OUT, ROWS], tl.float32)
+    else:
+        # Of the first part alone.
+        ranks = tl.where(first == 0, rank, 0)
+        total = scale * low_rank_tile(
+            factor,
+            small,
+            out,
+            row,
+            out_features,
+            rows,
+            ranks,
+            factor_column,
+            factor_rank,
+            1,
+            small_row,
+            OUT,
+            ROWS,
+            16,
+            PARTS,
+            "",
+        )
     for start in range(first, tl.minimum(first + chunk, in_features), STEP):
         values = weight_stripe(
             weight,
@@ -163,12 +195,6 @@ def runs_fused(rows: int, in_features: int, block_size: int) -> bool:
     return 0 < rows <= FEW_ROWS and in_features > 0 and in_features % max(STEP, block_size) == 0 and block_size >= STEP
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, in the dtype that holds both."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return x.to(dtype) @ weight.to(dtype)
-
-
 class Base(NamedTuple):
     """The weight of a linear op, as its schema has it: `block_size` 0 means that `weight` is dense [out, in]."""
 
@@ -197,8 +223,18 @@ class Base(NamedTuple):
         parts = [None if part is None else part.contiguous() for part in self[:5]]
         return *parts, 0, 0, self.block_size.bit_length() - 1
 
-    def _few_rows(self, x: Tensor, out_features: int) -> Tensor:
-        """Parts [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`."""
+    def _few_rows(
+        self,
+        x: Tensor,
+        out_features: int,
+        small: Tensor | None = None,
+        factor: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Parts [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`.
+
+        With a low-rank product scale * small @ factor in the first of them.
+        """
         rows, in_features = x.shape
         wide = x.dtype == torch.float32  # no tensor cores: both operands lie in registers
         out_tile = OUT_TILE // 2 if wide else OUT_TILE
@@ -208,10 +244,14 @@ class Base(NamedTuple):
         launch(
             _few_rows,
             (out_tiles, len(parts)),
-            *(parts, x, *self.kernel_arguments(), rows, out_features, in_features, x.stride(0), chunk),
+            *(parts, x, *self.kernel_arguments(), small, factor, rows, out_features, in_features),
+            *(0 if factor is None else len(factor), x.stride(0), 0 if small is None else small.stride(0)),
+            *((0, 0) if factor is None else factor.stride()),
+            *(scale, chunk),
             ROWS=max(16, triton.next_power_of_2(rows)),
             OUT=out_tile,
             STEP=STEP // 2 if wide else STEP,
+            PARTS=0 if wide else 3,
         )
         return parts
 
@@ -232,3 +272,13 @@ class Base(NamedTuple):
             return F.linear(x, dense, bias)
         y = matmul(x, dense.t())
         return (y if bias is None else y + bias).to(x.dtype)
+
+    def extended(
+        self, x: Tensor, out_features: int, small: Tensor, factor: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        """The same plus scale * small @ factor, rounded once but where torch's library makes the product."""
+        rows, in_features = x.shape
+        if runs_fused(rows, in_features, self.block_size):
+            return sum_parts(self._few_rows(x, out_features, small, factor, scale), 1.0, bias, x.dtype)
+        right = self.dense(out_features, in_features, x.dtype).t()
+        return extended(x, right, small, factor, scale, bias=bias)

@@ -1,8 +1,8 @@
-"""lora_linear in Triton: one pass over x for h, torch's GEMM for the base and one pass that adds the rest; backward one
-pass over dY for dS and dB, one over x for dA, and dX as forward.
+"""lora_linear in Triton: one pass over x for h, then the base and the rest in one GEMM or in two passes,
+as `_extended_triton.in_one` says; backward one pass over dY for dS and dB, one over x for dA, and dX as forward.
 
 torch's GEMM rounds the base to x's dtype before the low-rank part is added in fp32: two roundings, where the C++
-kernels and few rows on NF4 have one. For many rows NF4 is decoded twice, forward and for dX (`Base.dense`).
+kernels and the other routes have one. For many rows NF4 is decoded twice, forward and for dX (`Base.dense`).
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import down, up
+from peftkern.ops._extended_triton import extended
+from peftkern.ops._low_rank_triton import down
 from peftkern.ops._reduce_triton import reduce
 from peftkern.ops._triton import mask_of, meta_nf4
-from peftkern.ops._weight_triton import Base, matmul, rows_of
+from peftkern.ops._weight_triton import Base, rows_of
 
 
 def lora_linear(
@@ -36,7 +37,7 @@ def lora_linear(
     rows = rows_of(x)
     base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
     h = down(rows, lora_a.t(), mask=mask_of(dropout_p, seed)).small
-    y = up(h, lora_b.t(), x.dtype, scaling, bias=bias, outer=base.product(rows, out_features))
+    y = base.extended(rows, out_features, h, lora_b.t(), scaling, bias)
     return y.view(*x.shape[:-1], out_features), h
 
 
@@ -70,8 +71,8 @@ def lora_linear_backward(
         _, grad_a = reduce(rows, grad_h, mask=mask, dtype=lora_a.dtype, transposed=True)
     if need_x:
         base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-        product = matmul(grad_rows, base.dense(grad_y.shape[-1], x.shape[-1], x.dtype))
-        grad_x = up(grad_h, lora_a, x.dtype, mask=mask, outer=product).view(x.shape)
+        dense = base.dense(grad_y.shape[-1], x.shape[-1], x.dtype)
+        grad_x = extended(grad_rows, dense, grad_h, lora_a, mask=mask).view(x.shape)
     return grad_x, grad_a, grad_b
 
 
@@ -95,3 +96,14 @@ def configurations() -> None:
         _, h = lora_linear(*forward)
         backward: Any = (x, x, h, *weight, lora_a, lora_b, 2.0, *dropout, True, True, True)
         lora_linear_backward(*backward)
+    # What is one GEMM, forward with a bias and backward with a mask; 16 rows, whose decoding of NF4 is.
+    cases = (2048, 8192, torch.bfloat16), (2048, 8192, torch.float16), (4096, 16, torch.bfloat16)
+    for features, rows, dtype in cases:
+        x = torch.empty(rows, features, dtype=dtype, device="meta")
+        lora_a, lora_b = torch.empty(16, features, device="meta"), torch.empty(features, 16, device="meta")
+        base: Any = meta_nf4((features, features)) if rows == 16 else (x.new_empty(features, features), *(None,) * 4, 0)
+        for mask in ((0.0, None), (0.1, seed)) if dtype == torch.bfloat16 else ((0.0, None),):
+            arguments: Any = (x, *base, features, lora_a, lora_b, 2.0, x[0], *mask)
+            _, h = lora_linear(*arguments)
+            arguments = (x, x, h, *base, lora_a, lora_b, 2.0, *mask, True, False, False)
+            lora_linear_backward(*arguments)

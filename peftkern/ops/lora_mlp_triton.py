@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.ops._activations_triton import activated, slope
-from peftkern.ops._low_rank_triton import low_rank_tile, up
+from peftkern.ops._low_rank_triton import low_rank_tile
 from peftkern.ops._projections_triton import (
     Adapters,
     Weights,
@@ -49,7 +49,7 @@ def completed(
 ):
     """A tile of base + scaling * h B^T + bias in fp32; `base` points to each of its elements."""
     total = low_rank_tile(
-        h, lora_b, row, column, rows, columns, rank, h_row, b_rank, b_column, ROWS, COLUMNS, RANKS, PARTS, ""
+        h, lora_b, row, column, rows, columns, rank, h_row, 1, b_rank, b_column, ROWS, COLUMNS, RANKS, PARTS, ""
     )
     in_base = (row[:, None] < rows) & (column[None, :] < columns)
     total = total * scaling + tl.load(base, mask=in_base, other=0.0).to(tl.float32)
@@ -182,6 +182,7 @@ def _gated_backward(
         columns,
         rank,
         left_row,
+        1,
         right_rank,
         right_column,
         ROWS,
@@ -203,11 +204,12 @@ def _gated_backward(
     tl.store(grad_gate + element, rounded(grad_value, grad_gate), mask=in_out)
 
 
-def _tiles(dtype: torch.dtype) -> dict[str, int]:
+def _tiles(x: Tensor) -> dict[str, int]:
     """Also of `_gated_backward`: three matrices of fp32 in registers each."""
-    if not PARTS[dtype]:
+    if not PARTS[x.dtype]:
         return {"ROWS": 32, "COLUMNS": 64, "RANKS": 16, "PARTS": 0, "num_warps": 4}
-    return {"ROWS": 32, "COLUMNS": 128, "RANKS": 16, "PARTS": 3, "num_warps": 8}
+    rows, columns = 32, 128
+    return {"ROWS": rows, "COLUMNS": columns, "RANKS": 16, "PARTS": 3, "num_warps": 8}
 
 
 def _adapters(
@@ -244,7 +246,7 @@ def lora_mlp(
     bases = [base(i).product(rows, middle) for i in range(2)]
     gate, linear = (each if each.dtype == x.dtype else torch.empty_like(each, dtype=x.dtype) for each in bases)
     value = torch.empty_like(gate)
-    tiles = _tiles(x.dtype)
+    tiles = _tiles(x)
     launch(
         _gated,
         (triton.cdiv(len(rows), tiles["ROWS"]), triton.cdiv(middle, tiles["COLUMNS"])),
@@ -255,8 +257,7 @@ def lora_mlp(
         ACTIVATION=activation,
     )
     down_h = products(value, down)
-    product = base(2).product(value, out_features[2])
-    y = up(down_h, lora_bs[2].t(), x.dtype, scalings[2], bias=given(biases[2]), outer=product)
+    y = base(2).extended(value, out_features[2], down_h, lora_bs[2].t(), scalings[2], given(biases[2]))
     y, gate, linear = (t.view(*x.shape[:-1], t.shape[1]) for t in (y, gate, linear))
     return y, gate, linear, torch.cat([h, down_h], 1)
 
@@ -294,7 +295,7 @@ def lora_mlp_backward(
     grad_gate, grad_up = (torch.empty_like(saved, memory_format=torch.contiguous_format) for saved in (gate, up))
     needs_product = need_inner or (need_a and down_rank > 0)
     value = torch.empty_like(grad_gate) if needs_product else None
-    mask, tiles = down.mask(0), _tiles(x.dtype)
+    mask, tiles = down.mask(0), _tiles(x)
     launch(
         _gated_backward,
         (triton.cdiv(len(rows), tiles["ROWS"]), triton.cdiv(middle, tiles["COLUMNS"])),
