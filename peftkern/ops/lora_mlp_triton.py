@@ -22,7 +22,7 @@ from peftkern.ops._projections_triton import (
     small_gradients,
     sum_of_products,
 )
-from peftkern.ops._triton import PARTS, keep_mask, launch, meta_nf4, rounded
+from peftkern.ops._triton import PARTS, device_of, keep_mask, launch, meta_nf4, rounded
 from peftkern.ops._weight_triton import matmul, rows_of
 
 
@@ -205,10 +205,10 @@ def _gated_backward(
 
 
 def _tiles(x: Tensor) -> dict[str, int]:
-    """Also of `_gated_backward`: three matrices of fp32 in registers each."""
+    """Also of `_gated_backward`: three matrices of fp32 in registers. Warps of 64 threads spill with the wider tile."""
     if not PARTS[x.dtype]:
         return {"ROWS": 32, "COLUMNS": 64, "RANKS": 16, "PARTS": 0, "num_warps": 4}
-    rows, columns = 32, 128
+    rows, columns = (64, 64) if device_of(x).warp_size == 64 else (32, 128)
     return {"ROWS": rows, "COLUMNS": columns, "RANKS": 16, "PARTS": 3, "num_warps": 8}
 
 
