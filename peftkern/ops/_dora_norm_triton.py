@@ -11,14 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._linear_triton import Base, sum_parts, weight_stripe
-from peftkern.ops._triton import (
-    codebook,
-    launch,
-    meta_nf4,
-    padded_rank,
-    product,
-)
+from peftkern.ops._reduce_triton import sum_parts
+from peftkern.ops._triton import codebook, launch, meta_nf4, padded_rank, product
+from peftkern.ops._weight_triton import Base, weight_stripe
 
 ROWS, DEPTH = 64, 64
 MOST_SPLITS, LEAST_DEPTH, ENOUGH_PROGRAMS = 8, 512, 512
@@ -279,7 +274,7 @@ def dora_linear_square_norm(
     """The op of this name, see `csrc/ops.cpp`."""
     base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
     parts = _row_sums_of(base, (out_features, in_features), None, None, False)
-    return sum_parts(parts, parts.new_empty(out_features))
+    return sum_parts(parts)
 
 
 def dora_linear_norm(
@@ -347,7 +342,7 @@ def dora_linear_norm_backward(
     a, b = lora_a.contiguous(), lora_b.contiguous()
     (rows, rank), columns = b.shape, a.shape[1]
     products = _row_sums_of(base, (rows, columns), a, None, False)
-    cross = sum_parts(products, products.new_empty((rows, rank)))
+    cross = sum_parts(products)
     # The norm has no slope at 0; torch's vector_norm gives 0 there as well.
     slope = torch.where(norm > 0, scaling * grad_norm.double() / norm.double().clamp_min(1e-300), 0).unsqueeze(1)
     wide_b = b.double()
@@ -374,7 +369,7 @@ def dora_linear_norm_backward(
         RANK=width,
         ALIGNED=_aligned(base, columns),
     )
-    grad_a = sum_parts(partials, cross.new_empty((rank, columns))) + through_gram
+    grad_a = sum_parts(partials) + through_gram
     return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
 
 

@@ -1,58 +1,52 @@
-"""Triton kernels of a low-rank path: each reads its large operand once, and masks are made where they are needed.
+"""Low-rank products in Triton: the passes that adapters make over wide activations, each with all that is beside it.
 
-    project      h  = d(x) A^T                       [rows, rank], also dS = dY B
-    add_product  y  = base + factor * h B^T + bias   [rows, columns], also dX = base + mask * (dS A)
-    reduce       dS = dY B and dB = dY^T h in one pass over dY; dA = dS^T d(x)
+    down         small = masked(x) factor               sums over columns: h = d(x) A^T, dh = dy B
+    up           out = masked(small factor) + ...       y, dx, of one adapter or of several
+    reduce       factor = masked(x)^T small             sums over rows, see `_reduce_triton`: dB, dA
 
-Sums over a long axis are split into partials by shape alone and added in order by `sum_partials`: no atomics, and the
-same bits on every chip. Ranks run over tiles of up to 64.
+Ranks run over tiles of up to 64. Masks are made where they are needed.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._dropout import keep_scale, threshold
-from peftkern.ops._triton import keep_mask, launch, padded_rank, product, rounded
+from peftkern.ops._activations_triton import activated
+from peftkern.ops._reduce_triton import sum_parts
+from peftkern.ops._triton import NO_MASK, PARTS, PROGRAMS, Mask, keep_mask, launch, padded_rank, product, rounded
 
-# Enough programs for every multiprocessor of any chip; a constant, so that bits do not depend on the chip.
-PROGRAMS = 256
-SUMS = 1024
-# Terms of `product` for a dtype of x: fp16 has 11 bits, which take two bf16.
-PARTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-# The depth of a tile by `PARTS` and the width in ranks: the most that needs no registers beyond the 255 of sm_80.
-PROJECT_DEPTHS = {0: {16: 64, 32: 32, 64: 32}, 2: {16: 128, 32: 64, 64: 32}, 3: {16: 64, 32: 32, 64: 32}}
+# The depth of a tile of `down` by `PARTS` and the width in ranks: the most that keeps to the 255 registers of sm_80.
+DEPTHS = {0: {16: 64, 32: 32, 64: 32}, 2: {16: 128, 32: 64, 64: 32}, 3: {16: 64, 32: 32, 64: 32}}
 # Of bf16 and 32 ranks without a mask to make: at 64 the compiler keeps to 128 registers, and spills.
 UNMASKED_DEPTH = 128
 
 
-class Dropout:
-    """What regenerates a mask; `seed` is None where nothing is dropped."""
-
-    def __init__(self, dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0) -> None:
-        self.seed = seed
-        self.stream = stream
-        self.dropped = 0 if seed is None else threshold(dropout_p)
-        self.scale = 1.0 if seed is None else keep_scale(dropout_p)
-
-
 @triton.jit
-def _project(
-    partials,
+def _down(
+    small,
     x,
-    right,
+    factor,
+    others,
+    scaled,
+    rest,
+    sums,
+    scales,
+    bias,
     seed,
     rows,
-    depth,
+    columns,
     rank,
     x_row,
-    x_column,
-    right_depth,
-    right_rank,
+    other_row,
+    factor_column,
+    factor_rank,
     chunk,
-    factor,
-    stream,
+    scale,
+    shift,
+    keep_scale,
     dropped,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -61,271 +55,243 @@ def _project(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    # What is not a sum over the columns is stored by the first tile of ranks alone.
+    stored = tl.where(tl.program_id(2) == 0, columns, 0)
     first = tl.program_id(1) * chunk
     total = tl.zeros([ROWS, RANKS], tl.float32)
-    for start in range(first, tl.minimum(first + chunk, depth), DEPTH):
-        column = (start + tl.arange(0, DEPTH)).to(tl.int64)
-        in_x = (row[:, None] < rows) & (column[None, :] < depth)
-        values = tl.load(x + row[:, None] * x_row + column[None, :] * x_column, mask=in_x, other=0.0).to(tl.float32)
+    for start in range(first, tl.minimum(first + chunk, columns), DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        in_x = (row[:, None] < rows) & (column[None, :] < columns)
+        values = tl.load(x + row[:, None] * x_row + column[None, :], mask=in_x, other=0.0).to(tl.float32)
+        in_factor = (column[:, None] < columns) & (ranks[None, :] < rank)
+        place = factor + column[:, None].to(tl.int64) * factor_column + ranks[None, :].to(tl.int64) * factor_rank
+        factors = tl.load(place, mask=in_factor, other=0.0).to(tl.float32)
+        element = row[:, None] * columns + column[None, :]
+        to_store = (row[:, None] < rows) & (column[None, :] < stored)
+        if scales is not None:
+            by = tl.load(scales + column, mask=column < columns, other=0.0)
+            factors = factors * by[:, None]
+            if scaled is not None:
+                tl.store(scaled + element, rounded((by - shift)[None, :] * values, scaled), mask=to_store)
+        if sums is not None:
+            other = tl.load(others + row[:, None] * other_row + column[None, :], mask=in_x, other=0.0).to(tl.float32)
+            place = sums + tl.program_id(0).to(tl.int64) * columns + column
+            tl.store(place, tl.sum(values * other, 0), mask=column < stored)
         if seed is not None:
-            values = tl.where(keep_mask(row, start, seed, stream, dropped, ROWS, DEPTH), values, 0.0)
-        in_right = (column[:, None] < depth) & (ranks[None, :] < rank)
-        place = right + column[:, None] * right_depth + ranks[None, :].to(tl.int64) * right_rank
-        total = product(values, tl.load(place, mask=in_right, other=0.0).to(tl.float32), total, PARTS)
-    place = partials + (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * rank + ranks[None, :]
-    tl.store(place, total * factor, mask=(row[:, None] < rows) & (ranks[None, :] < rank))
+            keep = keep_mask(row, start, seed, 0, dropped, ROWS, DEPTH)
+            if rest is not None:
+                kept = tl.where(keep, values * keep_scale, 0.0)
+                tl.store(scaled + element, rounded(kept, scaled), mask=to_store)
+                tl.store(rest + element, rounded(values - kept, rest), mask=to_store)
+            values = tl.where(keep, values, 0.0)
+        total = product(values, factors, total, PARTS)
+    total *= scale
+    if bias is not None:
+        total += tl.load(bias + ranks, mask=ranks < tl.where(first == 0, rank, 0), other=0.0).to(tl.float32)[None, :]
+    place = small + (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * rank + ranks[None, :]
+    tl.store(place, total, mask=(row[:, None] < rows) & (ranks[None, :] < rank))
+
+
+class Down(NamedTuple):
+    """What a pass over x [rows, columns] gives, None where it was not asked for."""
+
+    small: Tensor  # [rows, rank], fp32
+    scaled: Any  # x times (scales - shift), or with a mask what is kept of x
+    rest: Any  # x less what is kept
+    sums: Any  # [parts, columns]: of x * others over the rows
+
+
+def down(
+    x: Tensor,
+    factor: Tensor,
+    scale: float = 1.0,
+    mask: Mask = NO_MASK,
+    bias: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    shift: float = 0.0,
+    others: Tensor | None = None,
+    need_scaled: bool = False,
+) -> Down:
+    """scale * masked(x) @ (scales * factor) + bias, for a factor [columns, rank] of any strides."""
+    (rows, columns), rank = x.shape, factor.shape[1]
+    parts, ranks = PARTS[x.dtype], padded_rank(rank)
+    tile_rows, depth = 64 if parts else 32, DEPTHS[parts][ranks]
+    stores = need_scaled or others is not None
+    if parts == 2 and ranks == 32 and mask.seed is None and not stores:
+        depth = UNMASKED_DEPTH
+    if stores:
+        depth = min(depth, 64)
+    row_tiles = triton.cdiv(rows, tile_rows)
+    # At least 4 steps each: a part costs as much as reading 2 * rank columns of x.
+    steps = triton.cdiv(columns, depth)
+    chunk = triton.cdiv(steps, max(1, min(triton.cdiv(steps, 4), PROGRAMS // max(1, row_tiles)))) * depth
+    splits = triton.cdiv(columns, chunk) if columns else 0
+    small = x.new_empty((splits, rows, rank), dtype=torch.float32)
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format) if need_scaled else None
+    rest = None if mask.seed is None or scaled is None else torch.empty_like(scaled)
+    sums = None if others is None else x.new_empty((row_tiles, columns), dtype=torch.float32)
+    launch(
+        _down,
+        (row_tiles, splits, triton.cdiv(rank, ranks)),
+        *(small, x, factor, others, scaled, rest, sums, scales, bias, mask.seed, rows, columns, rank, x.stride(0)),
+        *(0 if others is None else others.stride(0), *factor.stride(), chunk),
+        *(scale * mask.scale, shift, mask.scale, mask.dropped),
+        ROWS=tile_rows,
+        DEPTH=depth,
+        RANKS=ranks,
+        PARTS=parts,
+        num_warps=8 if stores else 4,
+        num_stages=1 if stores else 2,
+    )
+    return Down(sum_parts(small), scaled, rest, sums)
 
 
 @triton.jit
 def low_rank_tile(
-    left,
-    right,
+    small,
+    factor,
     row,
     column,
     rows,
     columns,
     rank,
-    left_row,
-    right_rank,
-    right_column,
+    small_row,
+    small_rank,
+    factor_rank,
+    factor_column,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
     PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """left @ right [ROWS, COLUMNS] at int64 rows and columns."""
+    """f(small) @ factor [ROWS, COLUMNS] at int64 rows and columns."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
-        in_left = (row[:, None] < rows) & (ranks[None, :] < rank)
-        values = tl.load(left + row[:, None] * left_row + ranks[None, :], mask=in_left, other=0.0)
-        in_right = (ranks[:, None] < rank) & (column[None, :] < columns)
-        place = right + ranks[:, None].to(tl.int64) * right_rank + column[None, :] * right_column
-        total = product(values, tl.load(place, mask=in_right, other=0.0).to(tl.float32), total, PARTS)
+        in_small = (row[:, None] < rows) & (ranks[None, :] < rank)
+        place = small + row[:, None] * small_row + ranks[None, :].to(tl.int64) * small_rank
+        values = tl.load(place, mask=in_small, other=0.0).to(tl.float32)
+        in_factor = (ranks[:, None] < rank) & (column[None, :] < columns)
+        place = factor + ranks[:, None].to(tl.int64) * factor_rank + column[None, :] * factor_column
+        factors = tl.load(place, mask=in_factor, other=0.0).to(tl.float32)
+        total = product(activated(values, ACTIVATION), factors, total, PARTS)
     return total
 
 
 @triton.jit
-def _add_product(
+def _up(
     out,
-    base,
-    left,
-    right,
+    small,
+    factor,
+    unscaled,
+    inner,
+    outer,
+    scales,
     bias,
-    seed,
+    seeds,
     rows,
     columns,
     rank,
-    right_rank,
-    right_column,
-    bias_stride,
-    factor,
-    stream,
+    adapters,
+    small_row,
+    factor_rank,
+    factor_column,
+    outer_row,
+    scale,
+    keep_scale,
     dropped,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
     PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
-    total = low_rank_tile(
-        left, right, row, column, rows, columns, rank, rank, right_rank, right_column, ROWS, COLUMNS, RANKS, PARTS
-    )
-    total *= factor
-    if seed is not None:
-        total = tl.where(keep_mask(row, first, seed, stream, dropped, ROWS, COLUMNS), total, 0.0)
-    in_out = (row[:, None] < rows) & (column[None, :] < columns)
+    in_columns = column < columns
+    in_out = (row[:, None] < rows) & in_columns[None, :]
     element = row[:, None] * columns + column[None, :]
-    total += tl.load(base + element, mask=in_out, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for adapter in range(adapters):
+        ranks = tl.cast(adapter, tl.int64) * rank
+        part = low_rank_tile(
+            small + ranks,
+            factor + ranks * factor_rank,
+            row,
+            column,
+            rows,
+            columns,
+            rank,
+            small_row,
+            1,
+            factor_rank,
+            factor_column,
+            ROWS,
+            COLUMNS,
+            RANKS,
+            PARTS,
+            ACTIVATION,
+        )
+        part = part * scale
+        if inner is not None:
+            part += tl.load(inner + element, mask=in_out, other=0.0).to(tl.float32)
+        if unscaled is not None:
+            tl.store(unscaled + element, rounded(part, unscaled), mask=in_out)
+        if scales is not None:
+            part = part * tl.load(scales + column, mask=in_columns, other=0.0)[None, :]
+        if seeds is not None:
+            keep = keep_mask(row, first, seeds + adapter, 0, dropped, ROWS, COLUMNS)
+            part = tl.where(keep, part * keep_scale, 0.0)
+        total += part
+    if outer is not None:
+        total += tl.load(outer + row[:, None] * outer_row + column[None, :], mask=in_out, other=0.0).to(tl.float32)
     if bias is not None:
-        total += tl.load(bias + column * bias_stride, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     tl.store(out + element, rounded(total, out), mask=in_out)
 
 
-@triton.jit
-def _reduce(
-    small_partials,
-    grad_partials,
-    x,
-    small,
-    right,
-    seed,
-    rows,
-    columns,
-    rank,
-    x_row,
-    x_column,
-    small_row,
-    right_column,
-    grad_column,
-    grad_rank,
-    rows_per_program,
-    stream,
-    dropped,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    first_column = tl.program_id(0) * COLUMNS
-    column = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
-    ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
-    in_factor = (column[:, None] < columns) & (ranks[None, :] < rank)
-    if right is not None:
-        right_place = right + column[:, None] * right_column + ranks[None, :]
-        factors = tl.load(right_place, mask=in_factor, other=0.0).to(tl.float32)
-    total = tl.zeros([COLUMNS, RANKS], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * rows_per_program
-    for start in range(0, rows_per_program, ROWS):
-        row = first + start + tl.arange(0, ROWS)
-        in_x = (row[:, None] < rows) & (column[None, :] < columns)
-        values = tl.load(x + row[:, None] * x_row + column[None, :] * x_column, mask=in_x, other=0.0).to(tl.float32)
-        if seed is not None:
-            kept = keep_mask(row, first_column, seed, stream, dropped, ROWS, COLUMNS)
-            values = tl.where(kept, values, 0.0)
-        in_small = (row[:, None] < rows) & (ranks[None, :] < rank)
-        if right is not None:
-            projected = product(values, factors, tl.zeros([ROWS, RANKS], tl.float32), PARTS)
-            small_place = (tl.program_id(0).to(tl.int64) * rows + row[:, None]) * rank + ranks[None, :]
-            tl.store(small_partials + small_place, projected, mask=in_small)
-        if grad_partials is not None:
-            weights = tl.load(small + row[:, None] * small_row + ranks[None, :], mask=in_small, other=0.0)
-            total = product(tl.trans(values), weights, total, PARTS)
-    if grad_partials is not None:
-        grad_place = tl.program_id(1).to(tl.int64) * columns * rank
-        grad_place += column[:, None] * grad_column + ranks[None, :].to(tl.int64) * grad_rank
-        tl.store(grad_partials + grad_place, total, mask=in_factor)
-
-
-@triton.jit
-def _sum_partials(out, partials, bias, count, elements, columns, bias_stride, factor, SUMS: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
-    total = tl.zeros([SUMS], tl.float32)
-    place = partials + element
-    for _ in range(count):
-        total += tl.load(place, mask=element < elements, other=0.0)
-        place += elements
-    total *= factor
-    if bias is not None:
-        total += tl.load(bias + element % columns * bias_stride, mask=element < elements, other=0.0).to(tl.float32)
-    tl.store(out + element, rounded(total, out), mask=element < elements)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., features] as a matrix, a view where its strides allow one."""
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
-
-
-def sum_partials(
-    partials: Tensor, factor: float = 1.0, dtype: torch.dtype = torch.float32, bias: Tensor | None = None
-) -> Tensor:
-    """factor * (partials[0] + partials[1] + ...) + bias, rounded once; bias is as long as the last dimension."""
-    if len(partials) == 1 and factor == 1.0 and dtype == torch.float32 and bias is None:
-        return partials[0]
-    out = partials.new_empty(partials.shape[1:], dtype=dtype)
-    grid = (triton.cdiv(out.numel(), SUMS),)
-    sizes = (len(partials), out.numel(), out.shape[-1], 0 if bias is None else bias.stride(0))
-    launch(_sum_partials, grid, out, partials, bias, *sizes, factor, SUMS=SUMS)
-    return out
-
-
-def project(x: Tensor, right: Tensor, dropout: Dropout, factor: float = 1.0) -> Tensor:
-    """factor * d(x) @ right: x [rows, depth], right [depth, rank] of any strides; fp32 [rows, rank]."""
-    (rows, depth), rank = x.shape, right.shape[1]
-    parts, ranks = PARTS[x.dtype], padded_rank(rank)
-    tile_rows, tile_depth = 64 if parts else 32, PROJECT_DEPTHS[parts][ranks]
-    if parts == 2 and ranks == 32 and dropout.seed is None:
-        tile_depth = UNMASKED_DEPTH
-    row_tiles = triton.cdiv(rows, tile_rows)
-    # At least 4 steps each: a partial costs as much as reading 2 * rank columns of x.
-    most = triton.cdiv(depth, 4 * tile_depth)
-    chunk = triton.cdiv(triton.cdiv(depth, tile_depth), max(1, min(most, PROGRAMS // max(1, row_tiles)))) * tile_depth
-    splits = triton.cdiv(depth, chunk) if depth else 0
-    partials = x.new_empty((splits, rows, rank), dtype=torch.float32)
-    launch(
-        _project,
-        (row_tiles, splits, triton.cdiv(rank, ranks)),
-        *(partials, x, right, dropout.seed, rows, depth, rank, *x.stride(), *right.stride(), chunk),
-        *(factor * dropout.scale, dropout.stream, dropout.dropped),
-        ROWS=tile_rows,
-        DEPTH=tile_depth,
-        RANKS=ranks,
-        PARTS=parts,
-        num_stages=2,
-    )
-    return sum_partials(partials)
-
-
-def add_product(
-    base: Tensor,
-    left: Tensor,
-    right: Tensor,
+def up(
+    small: Tensor,
+    factor: Tensor,
     dtype: torch.dtype,
-    dropout: Dropout,
-    factor: float = 1.0,
+    scale: float = 1.0,
+    mask: Mask = NO_MASK,
     bias: Tensor | None = None,
+    *,
+    adapters: int = 1,
+    inner: Tensor | None = None,
+    outer: Tensor | None = None,
+    out: Tensor | None = None,
+    scales: Tensor | None = None,
+    unscaled: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """base + factor * mask * (left @ right) + bias in `dtype`, in base's memory if that is its dtype.
+    """masked(scales * u) + outer + bias [rows, columns] in `dtype`; u = scale * f(small) @ factor + inner.
 
-    base [rows, columns] and left [rows, rank] are contiguous, left is fp32; right [rank, columns] has any strides.
+    `unscaled` gets u. Without `out` the result is in the memory of `outer`, or else of `inner`, if that has its dtype;
+    all three are contiguous but for a given `out`'s `outer`. Several adapters lie side by side in small, one below the
+    other in factor, each with a seed of the mask, and their parts are added: of `inner` and `unscaled` there is one.
     """
-    rows, columns = base.shape
-    out = base if base.dtype == dtype else base.new_empty(base.shape, dtype=dtype)
-    parts = 3 if PARTS[dtype] else 0
-    tile_rows, tile_columns = (64, 128) if parts else (32, 64)
+    base = inner if outer is None else outer
+    if out is None:
+        assert base is not None
+        out = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)
+    rows, columns = out.shape
+    tile_rows, tile_columns = (64, 128) if PARTS[dtype] else (32, 64)
     launch(
-        _add_product,
+        _up,
         (triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns)),
-        *(out, base, left, right, bias, dropout.seed, rows, columns, left.shape[1], *right.stride()),
-        *(0 if bias is None else bias.stride(0), factor * dropout.scale, dropout.stream, dropout.dropped),
+        *(out, small, factor, unscaled, inner, outer, scales, None if bias is None else bias.contiguous(), mask.seed),
+        *(rows, columns, len(factor) // adapters, adapters, small.stride(0), *factor.stride()),
+        *(0 if outer is None else outer.stride(0), scale, mask.scale, mask.dropped),
         ROWS=tile_rows,
         COLUMNS=tile_columns,
         RANKS=16,
-        PARTS=parts,
+        PARTS=3 if PARTS[dtype] else 0,
+        ACTIVATION=activation,
+        num_warps=8 if PARTS[dtype] else 4,
     )
     return out
-
-
-def reduce(
-    x: Tensor,
-    small: Tensor | None,
-    right: Tensor | None,
-    dropout: Dropout,
-    transposed: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Partials of d(x) @ right and of d(x)^T @ small in one pass over x [rows, columns]; None for what is not given.
-
-    small [rows, rank] and right [columns, rank] are contiguous in the rank. The second result is [columns, rank], or
-    [rank, columns] if `transposed`. The scale of what is kept is for the caller to apply, in `sum_partials`.
-    """
-    rows, columns = x.shape
-    rank = (right if small is None else small).shape[1]  # type: ignore[union-attr]
-    ranks = padded_rank(rank)
-    parts = PARTS[x.dtype]
-    tile_rows, tile_columns = (64, 256) if ranks == 16 else (32, 128)
-    if parts != 2:
-        tile_rows, tile_columns = 32, 64 if parts else 32
-    column_tiles = triton.cdiv(columns, tile_columns)
-    rows_per_program = tile_rows
-    while rows_per_program < rows and column_tiles * triton.cdiv(rows, 2 * rows_per_program) >= PROGRAMS:
-        rows_per_program *= 2
-    ranges = triton.cdiv(rows, rows_per_program)
-    shape = (rank, columns) if transposed else (columns, rank)
-    small_partials = None if right is None else x.new_empty((column_tiles, rows, rank), dtype=torch.float32)
-    grad_partials = None if small is None else x.new_empty((ranges, *shape), dtype=torch.float32)
-    launch(
-        _reduce,
-        (column_tiles, ranges, triton.cdiv(rank, ranks)),
-        *(small_partials, grad_partials, x, small, right, dropout.seed, rows, columns, rank, *x.stride()),
-        *(0 if small is None else small.stride(0), 0 if right is None else right.stride(0)),
-        *((1, columns) if transposed else (rank, 1)),
-        *(rows_per_program, dropout.stream, dropout.dropped),
-        ROWS=tile_rows,
-        COLUMNS=tile_columns,
-        RANKS=ranks,
-        PARTS=parts,
-        num_warps=8,
-    )
-    return small_partials, grad_partials

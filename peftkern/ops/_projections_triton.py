@@ -1,4 +1,4 @@
-"""Triton kernels and launches of several projections on one input, for lora_qkv and lora_mlp.
+"""Several projections on one input in Triton, for lora_qkv and lora_mlp.
 
 Without dropout the adapters of one input are one adapter of their ranks together: one pass over x for h, one for dA.
 With dropout each has a mask, which costs more to make than x to read, and a pass of its own over x. The gradients of x
@@ -9,19 +9,17 @@ so that rows begin where the compiler knows them to.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._dropout import keep_scale, threshold
-from peftkern.ops._low_rank_triton import PARTS, Dropout, low_rank_tile, project, reduce, sum_partials
+from peftkern.ops._low_rank_triton import down, up
 from peftkern.ops._projections import stacked_dtype
-from peftkern.ops._triton import keep_mask, launch, rounded
-from peftkern.ops._weight_triton import Parts, base_product, dense, matmul
+from peftkern.ops._reduce_triton import padded, reduce
+from peftkern.ops._triton import NO_MASK, Mask, mask_of
+from peftkern.ops._weight_triton import Base, matmul
 
 
 class Adapters(NamedTuple):
@@ -43,8 +41,8 @@ class Adapters(NamedTuple):
         """Of each present adapter's columns in small gradients."""
         return triton.cdiv(max(map(len, self.lora_as)), 16) * 16
 
-    def dropout(self, index: int) -> Dropout:
-        return Dropout() if self.seeds is None else Dropout(self.dropout_p, self.seeds[index])
+    def mask(self, index: int) -> Mask:
+        return NO_MASK if self.seeds is None else mask_of(self.dropout_p, self.seeds[index])
 
     def part(self, h: Tensor, index: int) -> Tensor:
         """One adapter's columns of h [rows, sum of ranks]."""
@@ -60,19 +58,11 @@ class Weights(NamedTuple):
     scale_counts: Sequence[int]
     block_sizes: Sequence[int]
 
-    def parts(self, index: int) -> tuple[Tensor, Parts, int]:
-        """One weight or its codes, its scales and its block size."""
+    def base(self, index: int) -> Base:
+        """One of them, as the ops of one weight have it."""
         first = sum(self.scale_counts[:index])
-        scales: list[Tensor | None] = [*self.scales[first : first + self.scale_counts[index]], None, None, None, None]
-        return self.weights[index], (scales[0], scales[1], scales[2], scales[3]), self.block_sizes[index]
-
-    def product(self, index: int, x: Tensor, out_features: int) -> Tensor:
-        """x [rows, in] times the weight's transpose."""
-        return base_product(x, *self.parts(index), out_features)
-
-    def dense(self, index: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] as torch's GEMM takes it."""
-        return dense(*self.parts(index), shape, dtype)
+        scales: Any = [*self.scales[first : first + self.scale_counts[index]], None, None, None, None]
+        return Base(self.weights[index], scales[0], scales[1], scales[2], scales[3], self.block_sizes[index])
 
 
 def given(bias: Tensor) -> Tensor | None:
@@ -80,60 +70,11 @@ def given(bias: Tensor) -> Tensor | None:
     return bias if bias.numel() else None
 
 
-@triton.jit
-def _add_products(
-    out,
-    base,
-    left,
-    right,
-    seeds,
-    rows,
-    columns,
-    count,
-    width,
-    left_row,
-    factor,
-    dropped,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * COLUMNS
-    column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
-    in_out = (row[:, None] < rows) & (column[None, :] < columns)
-    element = row[:, None] * columns + column[None, :]
-    total = tl.load(base + element, mask=in_out, other=0.0).to(tl.float32)
-    for index in range(count):
-        shift = tl.cast(index, tl.int64) * width
-        part = low_rank_tile(
-            left + shift,
-            right + shift * columns,
-            row,
-            column,
-            rows,
-            columns,
-            width,
-            left_row,
-            columns,
-            1,
-            ROWS,
-            COLUMNS,
-            RANKS,
-            PARTS,
-        )
-        if seeds is not None:
-            part = tl.where(keep_mask(row, first, seeds + index, 0, dropped, ROWS, COLUMNS), part, 0.0)
-        total += part * factor
-    tl.store(out + element, rounded(total, out), mask=in_out)
-
-
 def products(x: Tensor, adapters: Adapters) -> Tensor:
     """h [rows, sum of ranks] in fp32, from x [rows, in]."""
     if adapters.seeds is None:
-        return project(x, torch.cat(list(adapters.lora_as)).t(), Dropout())
-    parts = [project(x, lora_a.t(), adapters.dropout(i)) for i, lora_a in enumerate(adapters.lora_as)]
+        return down(x, torch.cat(list(adapters.lora_as)).t()).small
+    parts = [down(x, lora_a.t(), mask=adapters.mask(i)).small for i, lora_a in enumerate(adapters.lora_as)]
     return torch.cat(parts, 1)
 
 
@@ -150,12 +91,6 @@ def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def padded(tensor: Tensor, dim: int, width: int) -> Tensor:
-    """Zeros after its entries, contiguous."""
-    missing = width - tensor.shape[dim]
-    return F.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing)).contiguous()
-
-
 def small_gradients(
     grad_ys: Sequence[Tensor], h: Tensor, adapters: Adapters, need_h: bool, need_b: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -164,16 +99,16 @@ def small_gradients(
     The first has no columns, the second no entries, if it is not needed.
     """
     width, present = adapters.width, adapters.present
-    grad_h = h.new_empty((len(h), width * len(present) if need_h else 0))
+    grad_h = h.new_zeros((len(h), width * len(present) if need_h else 0))
     grad_bs = [torch.empty_like(lora_b, memory_format=torch.contiguous_format) for lora_b in adapters.lora_bs]
     for place, i in enumerate(present if need_h or need_b else []):
-        lora_b, scaling = adapters.lora_bs[i], adapters.scalings[i]
-        small = padded(adapters.part(h, i), 1, width) if need_b else None
-        partials, grad_partials = reduce(grad_ys[i], small, padded(lora_b, 1, width) if need_h else None, Dropout())
-        if partials is not None:
-            grad_h[:, place * width : (place + 1) * width] = sum_partials(partials, scaling)
-        if grad_partials is not None:
-            grad_bs[i].copy_(sum_partials(grad_partials, scaling)[:, : lora_b.shape[1]])
+        lora_b = adapters.lora_bs[i]
+        small = adapters.part(h, i) if need_b else None
+        small, grad_bs[i] = reduce(
+            grad_ys[i], small, lora_b if need_h else None, adapters.scalings[i], dtype=lora_b.dtype
+        )
+        if need_h:
+            grad_h[:, place * width : place * width + lora_b.shape[1]] = small
     return grad_h, grad_bs if need_b else []
 
 
@@ -183,16 +118,10 @@ def grad_a_of(x: Tensor, grad_h: Tensor, adapters: Adapters) -> Tensor:
     if not present:
         return x.new_empty((0, x.shape[1]), dtype=stacked_dtype(adapters.lora_as))
     if adapters.seeds is None:
-        _, partials = reduce(x, grad_h, None, Dropout(), transposed=True)
-        assert partials is not None
-        parts = list(sum_partials(partials).split(width))
+        parts = reduce(x, grad_h, transposed=True)[1].split(width)
     else:
-        parts = []
-        for i, small in zip(present, grad_h.split(width, 1)):
-            dropout = adapters.dropout(i)
-            _, partials = reduce(x, small, None, dropout, transposed=True)
-            assert partials is not None
-            parts.append(sum_partials(partials, dropout.scale))
+        small = grad_h.split(width, 1)
+        parts = [reduce(x, small[k], mask=adapters.mask(i), transposed=True)[1] for k, i in enumerate(present)]
     rows = [part[: len(adapters.lora_as[i])] for i, part in zip(present, parts)]
     return torch.cat(rows).to(stacked_dtype(adapters.lora_as))
 
@@ -202,23 +131,9 @@ def add_grad_x(base: Tensor, grad_h: Tensor, adapters: Adapters, dtype: torch.dt
     present, width = adapters.present, adapters.width
     if not present:
         return base.to(dtype)
-    rows, columns = base.shape
-    out = base if base.dtype == dtype else base.new_empty(base.shape, dtype=dtype)
     right = torch.cat([padded(adapters.lora_as[i], 0, width) for i in present])
-    parts = 3 if PARTS[dtype] else 0
-    tile_rows, tile_columns = (64, 128) if parts else (32, 64)
-    seeds, count, dropout = None, 1, (1.0, 0)
-    if adapters.seeds is not None:
-        seeds, count = torch.stack([adapters.seeds[i] for i in present]), len(present)
-        dropout = keep_scale(adapters.dropout_p), threshold(adapters.dropout_p)
-    launch(
-        _add_products,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns)),
-        *(out, base, grad_h, right, seeds, rows, columns, count, len(right) // count, grad_h.stride(0), *dropout),
-        ROWS=tile_rows,
-        COLUMNS=tile_columns,
-        RANKS=16,
-        PARTS=parts,
-        num_warps=4 if seeds is None else 8,
-    )
-    return out
+    if adapters.seeds is None:
+        return up(grad_h, right, dtype, outer=base)
+    seeds = torch.stack([adapters.seeds[i] for i in present])
+    mask = mask_of(adapters.dropout_p, seeds)
+    return up(grad_h, right, dtype, mask=mask, adapters=len(present), outer=base)

@@ -15,11 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends import interpreting
+from peftkern.ops._dropout import keep_scale, threshold
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, NF4_VALUES
 
 INTERPRETING = tl.constexpr(interpreting())
 CODEBOOK = tl.constexpr(NF4_VALUES)
 NESTED_SHIFT = tl.constexpr(NESTED_BLOCK_SIZE.bit_length() - 1)
+# Enough programs for every multiprocessor of any chip; a constant, so that bits do not depend on the chip.
+PROGRAMS = 256
+# Terms of `product` for a dtype of x: fp16 has 11 bits, which take two bf16.
+PARTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Launch(NamedTuple):
@@ -33,18 +38,39 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class Device(NamedTuple):
+    """What tiles depend on: the threads of a warp and the bytes of shared memory that one program may have."""
+
+    warp_size: int
+    shared: int
+
+
+# What every chip has; also of tensors on the CPU, in the interpreter.
+LEAST_DEVICE = Device(32, 64 * 1024)
 _recorded: list[Launch] | None = None
+_recorded_device = LEAST_DEVICE
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches in the body go into the list and do not run: what the ahead-of-time tests compile."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(device: Device = LEAST_DEVICE) -> Iterator[list[Launch]]:
+    """Launches in the body, as for `device`, go into the list and do not run: what the ahead-of-time tests compile."""
+    global _recorded, _recorded_device
+    before = _recorded, _recorded_device
+    _recorded, _recorded_device = [], device
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_device = before
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Read from its properties; while `recording`, what that was told."""
+    if not tensor.is_cuda:
+        return _recorded_device
+    properties: Any = torch.cuda.get_device_properties(tensor.device)
+    # Of AMD's chips torch has only the first of the two, which there is all.
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Device(properties.warp_size, shared)
 
 
 def launch(
@@ -62,6 +88,21 @@ def launch(
         return
     with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+
+
+class Mask(NamedTuple):
+    """The dropout of a pass; nothing is dropped without a seed."""
+
+    seed: Tensor | None = None
+    dropped: int = 0
+    scale: float = 1.0
+
+
+NO_MASK = Mask()
+
+
+def mask_of(dropout_p: float, seed: Tensor | None) -> Mask:
+    return NO_MASK if seed is None else Mask(seed, threshold(dropout_p), keep_scale(dropout_p))
 
 
 def meta_nf4(shape: tuple[int, int], block_size: int = 64, nested: bool = True) -> Any:

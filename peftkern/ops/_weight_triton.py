@@ -1,18 +1,21 @@
-"""x times a frozen weight: up to 64 rows decode NF4 inside the product, more decode it once and take torch's GEMM.
+"""x times a frozen weight in Triton: up to 64 rows decode NF4 inside the product, more decode it once for torch.
 
-By either way a 4-bit weight is rounded once to x's dtype.
+Either way a 4-bit weight is rounded once to x's dtype. A dense one is not: its product is in the dtype that holds both.
 """
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import PROGRAMS, sum_partials
-from peftkern.ops._triton import block_scale, codebook, decoded, dot_operand, launch
+from peftkern.ops._extended_triton import extended, matmul
+from peftkern.ops._low_rank_triton import low_rank_tile
+from peftkern.ops._reduce_triton import sum_parts
+from peftkern.ops._triton import PROGRAMS, block_scale, codebook, decoded, dot_operand, launch
 from peftkern.ops.nf4_dequantize_triton import dequantize_into
-
-Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 FEW_ROWS = 64
 # Columns of the weight of one step: they share a scale, so that the block must hold as many and rows begin with one.
@@ -20,46 +23,171 @@ STEP = 64
 OUT_TILE = 64
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x as [rows, features] whose rows are contiguous; a view where strides allow it."""
+    features = x.shape[-1]
+    rows = x.reshape(x.numel() // features if features else x.shape[:-1].numel(), features)
+    return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+
+
 @triton.jit
-def _few_rows(
-    partials,
-    x,
-    codes,
+def weight_tile(
+    weight,
     absmax,
     nested_absmax,
     nested_quant_map,
     offset,
+    row_stride,
+    column_stride,
+    block_log2,
+    row,
+    column,
+    rows,
+    columns,
+    table,
+):
+    """fp32 values of rows [R] and columns [C] (int64) of a weight [rows, columns], dense or packed; 0 outside of it."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if absmax is None:
+        address = weight + row[:, None] * row_stride + column[None, :] * column_stride
+        values = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    else:
+        element = row[:, None] * columns + column[None, :]
+        packed = tl.load(weight + (element >> 1), mask=inside, other=0).to(tl.int32)
+        # The first of two elements is in the high half.
+        code = (packed >> (4 - 4 * (element & 1).to(tl.int32))) & 15
+        scale = block_scale(absmax, nested_absmax, nested_quant_map, offset, element >> block_log2, inside)
+        values = tl.where(inside, decoded(code, table, row.shape[0], column.shape[0]) * scale, 0.0)
+    return values
+
+
+@triton.jit
+def weight_stripe(
+    weight,
+    absmax,
+    nested_absmax,
+    nested_quant_map,
+    offset,
+    row_stride,
+    column_stride,
+    block_log2,
+    row,
+    start,
+    rows,
+    columns,
+    table,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """`weight_tile` of DEPTH columns from `start`; aligned ones lie in one block, so that a row has one scale."""
+    if ALIGNED:
+        first = row * columns + start
+        in_rows = row < rows
+        byte = (first >> 1)[:, None] + tl.arange(0, DEPTH // 2)[None, :]
+        packed = tl.load(weight + byte, mask=in_rows[:, None], other=0).to(tl.int32)
+        scale = block_scale(absmax, nested_absmax, nested_quant_map, offset, first >> block_log2, in_rows)
+        high = decoded(packed >> 4, table, row.shape[0], DEPTH // 2) * scale[:, None]
+        low = decoded(packed & 15, table, row.shape[0], DEPTH // 2) * scale[:, None]
+        values = tl.interleave(high, low)
+    else:
+        column = start + tl.arange(0, DEPTH).to(tl.int64)
+        values = weight_tile(
+            weight,
+            absmax,
+            nested_absmax,
+            nested_quant_map,
+            offset,
+            row_stride,
+            column_stride,
+            block_log2,
+            row,
+            column,
+            rows,
+            columns,
+            table,
+        )
+    return values
+
+
+@triton.jit
+def _few_rows(
+    parts,
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    nested_quant_map,
+    offset,
+    row_stride,
+    column_stride,
+    block_log2,
+    small,
+    factor,
     rows,
     out_features,
     in_features,
+    rank,
     x_row,
-    x_column,
-    block_log2,
+    small_row,
+    factor_rank,
+    factor_column,
+    scale,
     chunk,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     STEP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     out = tl.program_id(0).to(tl.int64) * OUT + tl.arange(0, OUT)
     row = tl.arange(0, ROWS).to(tl.int64)
-    in_use = out < out_features
     table = codebook()
-    total = tl.zeros([OUT, ROWS], tl.float32)
     first = tl.program_id(1) * chunk
+    if small is None:
+        total = tl.zeros([OUT, ROWS], tl.float32)
+    else:
+        # Of the first part alone.
+        ranks = tl.where(first == 0, rank, 0)
+        total = scale * low_rank_tile(
+            factor,
+            small,
+            out,
+            row,
+            out_features,
+            rows,
+            ranks,
+            factor_column,
+            factor_rank,
+            1,
+            small_row,
+            OUT,
+            ROWS,
+            16,
+            PARTS,
+            "",
+        )
     for start in range(first, tl.minimum(first + chunk, in_features), STEP):
-        element = out * in_features + start
-        byte = (element >> 1)[:, None] + tl.arange(0, STEP // 2)[None, :]
-        packed = tl.load(codes + byte, mask=in_use[:, None], other=0).to(tl.int32)
-        scale = block_scale(absmax, nested_absmax, nested_quant_map, offset, element >> block_log2, in_use)[:, None]
-        high = decoded(packed >> 4, table, OUT, STEP // 2) * scale
-        low = decoded(packed & 15, table, OUT, STEP // 2) * scale
-        column = (start + tl.arange(0, STEP)).to(tl.int64)
-        place = x + column[:, None] * x_column + row[None, :] * x_row
-        values = tl.load(place, mask=row[None, :] < rows, other=0.0).to(tl.float32)
-        weight = dot_operand(tl.interleave(high, low), x)
-        total = tl.dot(weight, dot_operand(values, x), total, input_precision="ieee")
-    place = partials + (tl.program_id(1).to(tl.int64) * rows + row[None, :]) * out_features + out[:, None]
-    tl.store(place, total, mask=in_use[:, None] & (row[None, :] < rows))
+        values = weight_stripe(
+            weight,
+            absmax,
+            nested_absmax,
+            nested_quant_map,
+            offset,
+            row_stride,
+            column_stride,
+            block_log2,
+            out,
+            start,
+            out_features,
+            in_features,
+            table,
+            STEP,
+            True,
+        )
+        place = x + (start + tl.arange(0, STEP))[:, None] + row[None, :] * x_row
+        right = tl.load(place, mask=row[None, :] < rows, other=0.0).to(tl.float32)
+        total = tl.dot(dot_operand(values, x), dot_operand(right, x), total, input_precision="ieee")
+    place = parts + (tl.program_id(1).to(tl.int64) * rows + row[None, :]) * out_features + out[:, None]
+    tl.store(place, total, mask=(out[:, None] < out_features) & (row[None, :] < rows))
 
 
 def runs_fused(rows: int, in_features: int, block_size: int) -> bool:
@@ -67,49 +195,90 @@ def runs_fused(rows: int, in_features: int, block_size: int) -> bool:
     return 0 < rows <= FEW_ROWS and in_features > 0 and in_features % max(STEP, block_size) == 0 and block_size >= STEP
 
 
-def few_rows(x: Tensor, codes: Tensor, parts: Parts, block_size: int, out_features: int) -> Tensor:
-    """Partials [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`."""
-    rows, in_features = x.shape
-    out_tile = OUT_TILE // 2 if x.dtype == torch.float32 else OUT_TILE
-    out_tiles, steps = triton.cdiv(out_features, out_tile), in_features // STEP
-    chunk = triton.cdiv(steps, max(1, min(triton.cdiv(steps, 4), PROGRAMS // out_tiles))) * STEP
-    splits = triton.cdiv(in_features, chunk)
-    partials = x.new_empty((splits, rows, out_features), dtype=torch.float32)
-    launch(
-        _few_rows,
-        (out_tiles, splits),
-        *(partials, x, codes.contiguous(), *(None if part is None else part.contiguous() for part in parts)),
-        *(rows, out_features, in_features, *x.stride(), block_size.bit_length() - 1, chunk),
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        OUT=out_tile,
-        STEP=STEP,
-    )
-    return partials
+class Base(NamedTuple):
+    """The weight of a linear op, as its schema has it: `block_size` 0 means that `weight` is dense [out, in]."""
 
+    weight: Tensor
+    absmax: Tensor | None
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+    offset: Tensor | None
+    block_size: int
 
-def dense(weight: Tensor, parts: Parts, block_size: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """A dense weight as it is, 4-bit codes decoded and rounded once to `dtype`.
+    def dense(self, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+        """[out, in] for a product by torch: a dense weight as it is, 4-bit codes decoded and rounded once to `dtype`.
 
-    The memory comes from torch's allocator, which hands it out again in stream order and to a graph from its own pool;
-    a static of ours would be shared by streams. It is not kept for backward: that would be the dense model.
-    """
-    if not block_size:
-        return weight
-    absmax, nested_absmax, nested_quant_map, offset = parts
-    assert absmax is not None
-    out = weight.new_empty(shape, dtype=dtype)
-    return dequantize_into(out, weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+        The memory comes from torch's allocator, which hands it out again in stream order and to a graph from its own
+        pool; a static of ours would be shared by streams. It is not kept for backward: that would be the dense model.
+        """
+        if not self.block_size:
+            return self.weight
+        parts: Any = self
+        return dequantize_into(self.weight.new_empty((out_features, in_features), dtype=dtype), *parts)
 
+    def kernel_arguments(self) -> tuple[Tensor | int | None, ...]:
+        """The arguments of `weight_tile` from `weight` on: parts, strides and block size."""
+        if not self.block_size:
+            return self.weight, None, None, None, None, self.weight.stride(0), self.weight.stride(1), 0
+        parts = [None if part is None else part.contiguous() for part in self[:5]]
+        return *parts, 0, 0, self.block_size.bit_length() - 1
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, in the dtype that holds both."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return x.to(dtype) @ weight.to(dtype)
+    def _few_rows(
+        self,
+        x: Tensor,
+        out_features: int,
+        small: Tensor | None = None,
+        factor: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Parts [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`.
 
+        With a low-rank product scale * small @ factor in the first of them.
+        """
+        rows, in_features = x.shape
+        wide = x.dtype == torch.float32  # no tensor cores: both operands lie in registers
+        out_tile = OUT_TILE // 2 if wide else OUT_TILE
+        out_tiles, steps = triton.cdiv(out_features, out_tile), in_features // STEP
+        chunk = triton.cdiv(steps, max(1, min(triton.cdiv(steps, 4), PROGRAMS // out_tiles))) * STEP
+        parts = x.new_empty((triton.cdiv(in_features, chunk), rows, out_features), dtype=torch.float32)
+        launch(
+            _few_rows,
+            (out_tiles, len(parts)),
+            *(parts, x, *self.kernel_arguments(), small, factor, rows, out_features, in_features),
+            *(0 if factor is None else len(factor), x.stride(0), 0 if small is None else small.stride(0)),
+            *((0, 0) if factor is None else factor.stride()),
+            *(scale, chunk),
+            ROWS=max(16, triton.next_power_of_2(rows)),
+            OUT=out_tile,
+            STEP=STEP // 2 if wide else STEP,
+            PARTS=0 if wide else 3,
+        )
+        return parts
 
-def base_product(x: Tensor, weight: Tensor, parts: Parts, block_size: int, out_features: int) -> Tensor:
-    """x [rows, in] times the weight's transpose, [rows, out]: in fp32 where few rows decode it, else as `matmul`."""
-    rows, in_features = x.shape
-    if runs_fused(rows, in_features, block_size):
-        return sum_partials(few_rows(x, weight, parts, block_size, out_features))
-    return matmul(x, dense(weight, parts, block_size, (out_features, in_features), x.dtype).t())
+    def product(self, x: Tensor, out_features: int) -> Tensor:
+        """x [rows, in] times the weight's transpose, [rows, out]: fp32 where few rows decode it, else as `matmul`."""
+        rows, in_features = x.shape
+        if runs_fused(rows, in_features, self.block_size):
+            return sum_parts(self._few_rows(x, out_features))
+        return matmul(x, self.dense(out_features, in_features, x.dtype).t())
+
+    def linear(self, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+        """The same plus a bias, in x's dtype."""
+        rows, in_features = x.shape
+        if runs_fused(rows, in_features, self.block_size):
+            return sum_parts(self._few_rows(x, out_features), 1.0, bias, x.dtype)
+        dense = self.dense(out_features, in_features, x.dtype)
+        if bias is not None and bias.dtype == dense.dtype == x.dtype:
+            return F.linear(x, dense, bias)
+        y = matmul(x, dense.t())
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def extended(
+        self, x: Tensor, out_features: int, small: Tensor, factor: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        """The same plus scale * small @ factor, rounded once but where torch's library makes the product."""
+        rows, in_features = x.shape
+        if runs_fused(rows, in_features, self.block_size):
+            return sum_parts(self._few_rows(x, out_features, small, factor, scale), 1.0, bias, x.dtype)
+        right = self.dense(out_features, in_features, x.dtype).t()
+        return extended(x, right, small, factor, scale, bias=bias)

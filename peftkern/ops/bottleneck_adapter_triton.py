@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.ops._activations_triton import slope
-from peftkern.ops._linear_triton import rows_of
-from peftkern.ops._passes_triton import down, outer, up
+from peftkern.ops._low_rank_triton import down, up
+from peftkern.ops._reduce_triton import reduce
 from peftkern.ops._triton import launch
+from peftkern.ops._weight_triton import rows_of
 
 BLOCK = 1024
 
@@ -44,10 +45,11 @@ def bottleneck_adapter(
     up(
         z,
         up_weight.t(),
-        y.view(rows.shape),
+        x.dtype,
         scaling,
         bias=up_bias.float() * scaling,
         outer=rows if residual is None else rows_of(residual),
+        out=y.view(rows.shape),
         activation=activation,
     )
     return y, z
@@ -80,13 +82,13 @@ def bottleneck_adapter_backward(
         size = grad_z.numel()
         launch(_multiply_by_slope, (triton.cdiv(size, BLOCK),), grad_z, z, size, BLOCK=BLOCK, ACTIVATION=activation)
         if need_x:
-            up(grad_z, down_weight, grad_x.view(rows.shape), outer=grad if adds_x else None)
+            up(grad_z, down_weight, x.dtype, outer=grad if adds_x else None, out=grad_x.view(rows.shape))
         if need_down_weight:
-            grad_down_weight = outer(rows, grad_z, down_weight, transposed=True)
+            _, grad_down_weight = reduce(rows, grad_z, dtype=down_weight.dtype, transposed=True)
         if need_down_bias:
             grad_down_bias = grad_z.sum(0).to(down_bias.dtype)
     if need_up_weight:
-        grad_up_weight = outer(grad, z, up_weight, scaling, activation=activation)
+        _, grad_up_weight = reduce(grad, z, scale=scaling, dtype=up_weight.dtype, activation=activation)
     if need_up_bias:
         grad_up_bias = (grad.sum(0, dtype=torch.float32) * scaling).to(up_bias.dtype)
     return grad_x, grad_down_weight, grad_down_bias, grad_up_weight, grad_up_bias

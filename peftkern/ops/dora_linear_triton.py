@@ -8,7 +8,6 @@ The products with the base are rounded to x's dtype before the pass that uses th
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.ops._dora_norm_triton import (
@@ -17,9 +16,11 @@ from peftkern.ops._dora_norm_triton import (
     dora_linear_square_norm,
     norm_configurations,
 )
-from peftkern.ops._linear_triton import Base, rows_of, scale_columns, sum_parts
-from peftkern.ops._passes_triton import down, mask_of, outer, up
-from peftkern.ops._triton import meta_nf4
+from peftkern.ops._low_rank_triton import down, up
+from peftkern.ops._reduce_triton import reduce, sum_parts
+from peftkern.ops._triton import mask_of, meta_nf4
+from peftkern.ops._weight_triton import Base, matmul, rows_of
+from peftkern.ops.ia3_linear_triton import scale_columns
 
 __all__ = [
     "dora_linear",
@@ -51,22 +52,19 @@ def dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
-    mask = mask_of(dropout_p, seed, x)
-    split = drop_base and mask.seed is not None
+    mask = mask_of(dropout_p, seed)
     base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    dense = base.dense(out_features, rows.shape[1], x.dtype)
-    h, kept, rest, _ = down(rows, lora_a.t(), mask=mask, need_scaled=split)
-    y = F.linear(rows if kept is None else kept, dense)
-    z = y.new_empty((*x.shape[:-1], out_features) if need_z else (0,))
-    up(
+    h, kept, rest, _ = down(rows, lora_a.t(), mask=mask, need_scaled=drop_base and mask.seed is not None)
+    z = x.new_empty((*x.shape[:-1], out_features) if need_z else (0,))
+    y = up(
         h,
         lora_b.t(),
-        y,
+        x.dtype,
         scaling,
-        bias=None if bias is None else bias.contiguous(),
-        inner=y,
-        outer=None if rest is None else F.linear(rest, dense),
-        factors=scale.contiguous(),
+        bias=bias,
+        inner=base.product(rows if kept is None else kept, out_features),
+        outer=None if rest is None else base.product(rest, out_features),
+        scales=scale.contiguous(),
         unscaled=z if need_z else None,
     )
     return y.view(*x.shape[:-1], out_features), h, z
@@ -97,36 +95,31 @@ def dora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
     grad, rows, scale = rows_of(grad_y), rows_of(x), scale.contiguous()
-    (_, out_features), in_features = grad.shape, rows.shape[1]
-    mask = mask_of(dropout_p, seed, x)
+    mask = mask_of(dropout_p, seed)
     split = drop_base and mask.seed is not None
-    shift = 1.0 if split else 0.0
     sums = rows_of(z) if need_scale else None
-    grad_h: Any = None
     scaled: Any = None
     parts: Any = None
     if need_x or need_a:
-        passed = down(grad, lora_b, scaling, factors=scale, shift=shift, others=sums, need_scaled=need_x)
-        grad_h, scaled, parts = passed.small, passed.scaled, passed.partials
+        grad_h, scaled, _, parts = down(
+            grad, lora_b, scaling, scales=scale, shift=1.0 if split else 0.0, others=sums, need_scaled=need_x
+        )
     elif need_scale:
         _, parts = scale_columns(grad, scale, others=sums, need_out=False)
 
     grad_x, grad_a, grad_b = grad_y.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    grad_scale = scale.new_empty(out_features if need_scale else 0)
-    if parts is not None:
-        sum_parts(parts, grad_scale)
+    grad_scale = scale.new_empty(0) if parts is None else sum_parts(parts, dtype=scale.dtype)
     if need_a:
-        grad_a = outer(rows, grad_h, lora_a, mask=mask, transposed=True)
+        _, grad_a = reduce(rows, grad_h, mask=mask, dtype=lora_a.dtype, transposed=True)
     if need_b:
-        grad_b = outer(grad, h, lora_b, scaling, factors=scale)
+        _, grad_b = reduce(grad, h, scale=scaling, dtype=lora_b.dtype, scales=scale)
     if need_x:
         base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-        dense = base.dense(out_features, in_features, grad.dtype)
+        dense = base.dense(grad.shape[1], x.shape[-1], grad.dtype)
         # Where the base is dropped as well: dx = mask * (dh A + (g - 1) * dy W) + dy W.
-        product = scaled @ dense
-        rest = grad @ dense if split else product
-        up(grad_h, lora_a, product, mask=mask, inner=product if split else None, outer=rest)
-        grad_x = product.view(x.shape)
+        inner = matmul(scaled, dense) if split else None
+        outer = matmul(grad if split else scaled, dense)
+        grad_x = up(grad_h, lora_a, x.dtype, mask=mask, inner=inner, outer=outer).view(x.shape)
     return grad_x, grad_a, grad_b, grad_scale
 
 

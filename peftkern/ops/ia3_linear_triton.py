@@ -8,24 +8,107 @@ GPU would be to wait for it, and ends at once where there is none.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._linear_triton import (
-    PASS_COLUMNS,
-    Base,
-    dot_operand,
-    rows_of,
-    rows_per_program,
-    scale_columns,
-    sum_parts,
-    weight_tile,
-)
-from peftkern.ops._triton import codebook, launch, meta_nf4
+from peftkern.ops._reduce_triton import sum_parts
+from peftkern.ops._triton import codebook, dot_operand, launch, meta_nf4, rounded
+from peftkern.ops._weight_triton import Base, matmul, rows_of, weight_tile
 
+# Tiles of passes over activations: 16 elements a thread in 4 warps, rows of at least 256 bytes.
+PASS_ROWS, PASS_COLUMNS = 16, 128
+# Rows are cut until there are this many programs, several for each multiprocessor of the largest GPUs. A constant, so
+# that sums have the same bits on every one of them.
+PROGRAMS = 1024
+LEAST_ROWS = 64
 ZERO_ROWS, ZERO_COLUMNS = 64, 64
+
+
+def rows_per_program(rows: int, columns: int) -> int:
+    """LEAST_ROWS times the largest power of two that leaves PROGRAMS programs, from the sizes alone."""
+    tiles = triton.cdiv(columns, PASS_COLUMNS)
+    per_program = LEAST_ROWS
+    while per_program < rows and tiles * triton.cdiv(rows, 2 * per_program) >= PROGRAMS:
+        per_program *= 2
+    return per_program
+
+
+@triton.jit
+def _scale_columns(
+    values,
+    others,
+    out,
+    factors,
+    bias,
+    partials,
+    rows,
+    columns,
+    value_stride,
+    other_stride,
+    rows_per_program,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_columns = column < columns
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    if out is not None:
+        factor = tl.load(factors + column, mask=in_columns, other=0.0)
+        added = tl.zeros([COLUMNS], tl.float32)
+        if bias is not None:
+            added += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows_per_program, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & in_columns[None, :]
+        value = tl.load(values + row[:, None] * value_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if partials is not None:
+            other = tl.load(others + row[:, None] * other_stride + column[None, :], mask=inside, other=0.0)
+            total += value * other.to(tl.float32)
+        if out is not None:
+            result = factor[None, :] * (value + added[None, :])
+            tl.store(out + row[:, None] * columns + column[None, :], rounded(result, out), mask=inside)
+    if partials is not None:
+        tl.store(partials + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), mask=in_columns)
+
+
+def scale_columns(
+    values: Tensor,
+    factors: Tensor,
+    bias: Tensor | None = None,
+    *,
+    others: Tensor | None = None,
+    need_out: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """factors * (values + bias) [rows, columns] in `dtype`, or values', and parts of the sum of values * others.
+
+    The parts are [parts, columns], fp32, for `sum_parts`. One pass makes both; what is not asked for is None.
+    """
+    rows, columns = values.shape
+    per_program = rows_per_program(rows, columns)
+    parts = triton.cdiv(rows, per_program)
+    out = values.new_empty((rows, columns), dtype=dtype) if need_out else None
+    partials = None if others is None else factors.new_empty((parts, columns), dtype=torch.float32)
+    launch(
+        _scale_columns,
+        (parts, triton.cdiv(columns, PASS_COLUMNS)),
+        values,
+        others,
+        out,
+        factors,
+        bias,
+        partials,
+        rows,
+        columns,
+        values.stride(0),
+        0 if others is None else others.stride(0),
+        per_program,
+        ROWS=PASS_ROWS,
+        COLUMNS=PASS_COLUMNS,
+    )
+    return out, partials
 
 
 @triton.jit
@@ -110,13 +193,12 @@ def ia3_linear(
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
     base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    dense = base.dense(out_features, rows.shape[1], x.dtype)
     if scale_input:
         scaled, _ = scale_columns(rows, scale.contiguous())
-        y = F.linear(scaled, dense, None if bias is None else bias.to(x.dtype))
+        y = base.linear(scaled, out_features, bias)
     else:
-        y = F.linear(rows, dense)
-        scale_columns(y, scale.contiguous(), None if bias is None else bias.contiguous(), out=y)
+        product, bias = base.product(rows, out_features), None if bias is None else bias.contiguous()
+        y, _ = scale_columns(product, scale.contiguous(), bias, dtype=x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -140,11 +222,11 @@ def ia3_linear_backward(
     grad, rows, scale = rows_of(grad_y), rows_of(x), scale.contiguous()
     base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
     out_features, in_features = grad.shape[1], rows.shape[1]
-    grad_scale = scale.new_empty(scale.shape if need_scale else (0,))
-    grad_x = grad_y.new_empty(0)
+    grad_x, grad_scale = grad_y.new_empty(0), scale.new_empty(0)
     if scale_input:
-        product = grad @ base.dense(out_features, in_features, grad.dtype)
-        result, parts = scale_columns(product, scale, others=rows if need_scale else None, need_out=need_x)
+        product = matmul(grad, base.dense(out_features, in_features, grad.dtype))
+        others = rows if need_scale else None
+        result, parts = scale_columns(product, scale, others=others, need_out=need_x, dtype=x.dtype)
         divisors = None
     else:
         saved = None if y is None or not need_scale else rows_of(y)
@@ -153,9 +235,9 @@ def ia3_linear_backward(
         if parts is not None:
             _replace_zero_columns(parts, rows, grad, base, scale, bias)
         if result is not None:
-            result = result @ base.dense(out_features, in_features, grad.dtype)
+            result = matmul(result, base.dense(out_features, in_features, grad.dtype)).to(x.dtype)
     if parts is not None:
-        sum_parts(parts, grad_scale, divisors)
+        grad_scale = sum_parts(parts, dtype=scale.dtype, divisors=divisors)
     if result is not None:
         grad_x = result.view(x.shape)
     return grad_x, grad_scale
@@ -165,6 +247,8 @@ def _replace_zero_columns(
     parts: Tensor, rows: Tensor, grad: Tensor, base: Base, scale: Tensor, bias: Tensor | None
 ) -> None:
     """In the parts of the sums of grad * y, those of columns whose scale is 0 become sums of grad * (x W^T + bias)."""
+    if not base.block_size:  # the dtype of the dots is that of x
+        rows = rows.to(torch.promote_types(rows.dtype, base.weight.dtype))
     wide = rows.dtype == torch.float32  # no tensor cores: both operands lie in registers
     launch(
         _zero_columns,
@@ -179,7 +263,7 @@ def _replace_zero_columns(
         rows.shape[1],
         rows.stride(0),
         grad.stride(0),
-        rows_per_program(grad.shape[0], grad.shape[1], PASS_COLUMNS),
+        rows_per_program(*grad.shape),
         num_warps=8 if wide else 4,
         ROWS=ZERO_ROWS,
         COLUMNS=ZERO_COLUMNS,

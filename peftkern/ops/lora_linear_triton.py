@@ -1,19 +1,20 @@
-"""lora_linear in Triton: one pass over x for h, torch's GEMM for the base and one pass that adds the rest; backward one
-pass over dY for dS and dB, one over x for dA, and dX as forward.
+"""lora_linear in Triton: one pass over x for h, then the base and the rest in one GEMM or in two passes,
+as `_extended_triton.in_one` says; backward one pass over dY for dS and dB, one over x for dA, and dX as forward.
 
 torch's GEMM rounds the base to x's dtype before the low-rank part is added in fp32: two roundings, where the C++
-kernels and few rows on NF4 have one. For many rows NF4 is decoded twice, forward and for dX (`_weight_triton.dense`).
+kernels and the other routes have one. For many rows NF4 is decoded twice, forward and for dX (`Base.dense`).
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import Dropout, add_product, as_rows, project, reduce, sum_partials
-from peftkern.ops._triton import meta_nf4
-from peftkern.ops._weight_triton import base_product, dense, matmul
+from peftkern.ops._extended_triton import extended
+from peftkern.ops._low_rank_triton import down
+from peftkern.ops._reduce_triton import reduce
+from peftkern.ops._triton import mask_of, meta_nf4
+from peftkern.ops._weight_triton import Base, rows_of
 
 
 def lora_linear(
@@ -33,11 +34,10 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
-    rows = as_rows(x)
-    parts = (absmax, nested_absmax, nested_quant_map, offset)
-    h = project(rows, lora_a.t(), Dropout(dropout_p, seed))
-    base = base_product(rows, weight, parts, block_size, out_features)
-    y = add_product(base, h, lora_b.t(), x.dtype, Dropout(), scaling, bias)
+    rows = rows_of(x)
+    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    h = down(rows, lora_a.t(), mask=mask_of(dropout_p, seed)).small
+    y = base.extended(rows, out_features, h, lora_b.t(), scaling, bias)
     return y.view(*x.shape[:-1], out_features), h
 
 
@@ -61,30 +61,18 @@ def lora_linear_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
-    rank, in_features = lora_a.shape
-    rows, grad_rows = as_rows(x), as_rows(grad_y)
-    dropout = Dropout(dropout_p, seed)
+    rows, grad_rows, mask = rows_of(x), rows_of(grad_y), mask_of(dropout_p, seed)
     grad_x, grad_a, grad_b = grad_y.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    # A row stride that the compiler knows to be a multiple of 16 saves the registers that addresses would take.
-    padding = (0, -rank % 16)
-    small_partials, grad_partials = reduce(
-        grad_rows,
-        F.pad(h, padding).contiguous() if need_b else None,
-        F.pad(lora_b, padding).contiguous() if need_x or need_a else None,
-        Dropout(),
-    )
-    if grad_partials is not None:
-        grad_b = sum_partials(grad_partials, scaling, lora_b.dtype)[:, :rank].contiguous()
-    if small_partials is not None:
-        grad_h = sum_partials(small_partials, scaling)
-        if need_a:
-            _, grad_partials = reduce(rows, grad_h, None, dropout, transposed=True)
-            assert grad_partials is not None
-            grad_a = sum_partials(grad_partials, dropout.scale, lora_a.dtype)[:rank].contiguous()
-        if need_x:
-            parts = (absmax, nested_absmax, nested_quant_map, offset)
-            base = matmul(grad_rows, dense(weight, parts, block_size, (grad_y.shape[-1], in_features), x.dtype))
-            grad_x = add_product(base, grad_h[:, :rank].contiguous(), lora_a, x.dtype, dropout).view(x.shape)
+    factor = lora_b if need_x or need_a else None
+    if need_x or need_a or need_b:
+        grad_h, grad = reduce(grad_rows, h if need_b else None, factor, scaling, dtype=lora_b.dtype)
+        grad_b = grad_b if grad is None else grad
+    if need_a:
+        _, grad_a = reduce(rows, grad_h, mask=mask, dtype=lora_a.dtype, transposed=True)
+    if need_x:
+        base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+        dense = base.dense(grad_y.shape[-1], x.shape[-1], x.dtype)
+        grad_x = extended(grad_rows, dense, grad_h, lora_a, mask=mask).view(x.shape)
     return grad_x, grad_a, grad_b
 
 
@@ -108,3 +96,14 @@ def configurations() -> None:
         _, h = lora_linear(*forward)
         backward: Any = (x, x, h, *weight, lora_a, lora_b, 2.0, *dropout, True, True, True)
         lora_linear_backward(*backward)
+    # What is one GEMM, forward with a bias and backward with a mask; 16 rows, whose decoding of NF4 is.
+    cases = (2048, 8192, torch.bfloat16), (2048, 8192, torch.float16), (4096, 16, torch.bfloat16)
+    for features, rows, dtype in cases:
+        x = torch.empty(rows, features, dtype=dtype, device="meta")
+        lora_a, lora_b = torch.empty(16, features, device="meta"), torch.empty(features, 16, device="meta")
+        base: Any = meta_nf4((features, features)) if rows == 16 else (x.new_empty(features, features), *(None,) * 4, 0)
+        for mask in ((0.0, None), (0.1, seed)) if dtype == torch.bfloat16 else ((0.0, None),):
+            arguments: Any = (x, *base, features, lora_a, lora_b, 2.0, x[0], *mask)
+            _, h = lora_linear(*arguments)
+            arguments = (x, x, h, *base, lora_a, lora_b, 2.0, *mask, True, False, False)
+            lora_linear_backward(*arguments)

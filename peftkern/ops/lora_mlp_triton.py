@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.ops._activations_triton import activated, slope
-from peftkern.ops._low_rank_triton import PARTS, Dropout, add_product, as_rows, low_rank_tile
+from peftkern.ops._low_rank_triton import low_rank_tile
 from peftkern.ops._projections_triton import (
     Adapters,
     Weights,
@@ -22,8 +22,8 @@ from peftkern.ops._projections_triton import (
     small_gradients,
     sum_of_products,
 )
-from peftkern.ops._triton import keep_mask, launch, meta_nf4, rounded
-from peftkern.ops._weight_triton import matmul
+from peftkern.ops._triton import PARTS, device_of, keep_mask, launch, meta_nf4, rounded
+from peftkern.ops._weight_triton import matmul, rows_of
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def completed(
 ):
     """A tile of base + scaling * h B^T + bias in fp32; `base` points to each of its elements."""
     total = low_rank_tile(
-        h, lora_b, row, column, rows, columns, rank, h_row, b_rank, b_column, ROWS, COLUMNS, RANKS, PARTS
+        h, lora_b, row, column, rows, columns, rank, h_row, 1, b_rank, b_column, ROWS, COLUMNS, RANKS, PARTS, ""
     )
     in_base = (row[:, None] < rows) & (column[None, :] < columns)
     total = total * scaling + tl.load(base, mask=in_base, other=0.0).to(tl.float32)
@@ -182,12 +182,14 @@ def _gated_backward(
         columns,
         rank,
         left_row,
+        1,
         right_rank,
         right_column,
         ROWS,
         COLUMNS,
         RANKS,
         PARTS,
+        "",
     )
     if seed is not None:
         grad = tl.where(keep_mask(row, first, seed, 0, dropped, ROWS, COLUMNS), grad, 0.0)
@@ -202,11 +204,12 @@ def _gated_backward(
     tl.store(grad_gate + element, rounded(grad_value, grad_gate), mask=in_out)
 
 
-def _tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Also of `_gated_backward`: three matrices of fp32 in registers each."""
-    if not PARTS[dtype]:
+def _tiles(x: Tensor) -> dict[str, int]:
+    """Also of `_gated_backward`: three matrices of fp32 in registers. Warps of 64 threads spill with the wider tile."""
+    if not PARTS[x.dtype]:
         return {"ROWS": 32, "COLUMNS": 64, "RANKS": 16, "PARTS": 0, "num_warps": 4}
-    return {"ROWS": 32, "COLUMNS": 128, "RANKS": 16, "PARTS": 3, "num_warps": 8}
+    rows, columns = (64, 64) if device_of(x).warp_size == 64 else (32, 128)
+    return {"ROWS": rows, "COLUMNS": columns, "RANKS": 16, "PARTS": 3, "num_warps": 8}
 
 
 def _adapters(
@@ -235,29 +238,28 @@ def lora_mlp(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
-    rows = as_rows(x)
+    rows = rows_of(x)
     middle = out_features[0]
-    base = Weights(weights, scales, scale_counts, block_sizes)
+    base = Weights(weights, scales, scale_counts, block_sizes).base
     inner, down = _adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
     h = products(rows, inner)
-    bases = [base.product(i, rows, middle) for i in range(2)]
-    gate, up = (each if each.dtype == x.dtype else torch.empty_like(each, dtype=x.dtype) for each in bases)
+    bases = [base(i).product(rows, middle) for i in range(2)]
+    gate, linear = (each if each.dtype == x.dtype else torch.empty_like(each, dtype=x.dtype) for each in bases)
     value = torch.empty_like(gate)
-    tiles = _tiles(x.dtype)
+    tiles = _tiles(x)
     launch(
         _gated,
         (triton.cdiv(len(rows), tiles["ROWS"]), triton.cdiv(middle, tiles["COLUMNS"])),
-        *(value, gate, up, *bases, *(inner.part(h, i) for i in range(2)), *lora_bs[:2], *map(given, biases[:2])),
+        *(value, gate, linear, *bases, *(inner.part(h, i) for i in range(2)), *lora_bs[:2], *map(given, biases[:2])),
         *(len(rows), middle, *map(len, lora_as[:2]), h.stride(0), *lora_bs[0].stride(), *lora_bs[1].stride()),
         *(*(bias.stride(0) for bias in biases[:2]), *scalings[:2]),
         **tiles,
         ACTIVATION=activation,
     )
     down_h = products(value, down)
-    y = base.product(2, value, out_features[2])
-    y = add_product(y, down_h, lora_bs[2].t(), x.dtype, Dropout(), scalings[2], given(biases[2]))
-    y, gate, up = (t.view(*x.shape[:-1], t.shape[1]) for t in (y, gate, up))
-    return y, gate, up, torch.cat([h, down_h], 1)
+    y = base(2).extended(value, out_features[2], down_h, lora_bs[2].t(), scalings[2], given(biases[2]))
+    y, gate, linear = (t.view(*x.shape[:-1], t.shape[1]) for t in (y, gate, linear))
+    return y, gate, linear, torch.cat([h, down_h], 1)
 
 
 def lora_mlp_backward(
@@ -282,23 +284,23 @@ def lora_mlp_backward(
     need_inner: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
-    rows, grad_rows = as_rows(x), as_rows(grad_y)
-    middle, in_features = gate.shape[-1], x.shape[-1]
-    dense = Weights(weights, scales, scale_counts, block_sizes).dense
+    rows, grad_rows = rows_of(x), rows_of(grad_y)
+    middle = gate.shape[-1]
+    base = Weights(weights, scales, scale_counts, block_sizes).base
     inner, down = _adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
     inner_rank, down_rank = h.shape[1] - len(lora_as[2]), len(lora_as[2])
     grad_down_h, grad_bs = small_gradients([grad_rows], h[:, inner_rank:], down, True, need_b)
 
-    base = matmul(grad_rows, dense(2, (grad_y.shape[-1], middle), x.dtype))
+    product = matmul(grad_rows, base(2).dense(grad_y.shape[-1], middle, x.dtype))
     grad_gate, grad_up = (torch.empty_like(saved, memory_format=torch.contiguous_format) for saved in (gate, up))
     needs_product = need_inner or (need_a and down_rank > 0)
     value = torch.empty_like(grad_gate) if needs_product else None
-    dropout, tiles = down.dropout(0), _tiles(x.dtype)
+    mask, tiles = down.mask(0), _tiles(x)
     launch(
         _gated_backward,
         (triton.cdiv(len(rows), tiles["ROWS"]), triton.cdiv(middle, tiles["COLUMNS"])),
-        *(grad_gate, grad_up, value, base, gate.contiguous(), up.contiguous(), grad_down_h, lora_as[2], dropout.seed),
-        *(len(rows), middle, down_rank, grad_down_h.stride(0), *lora_as[2].stride(), dropout.scale, dropout.dropped),
+        *(grad_gate, grad_up, value, product, gate.contiguous(), up.contiguous(), grad_down_h, lora_as[2], mask.seed),
+        *(len(rows), middle, down_rank, grad_down_h.stride(0), *lora_as[2].stride(), mask.scale, mask.dropped),
         **tiles,
         ACTIVATION=activation,
     )
@@ -311,9 +313,10 @@ def lora_mlp_backward(
         product_rows = rows.new_empty((0, middle)) if value is None else value.view(-1, middle)
         grad_down_a = grad_a_of(product_rows, grad_down_h, down)
     if need_x:
-        shape = (middle, in_features)
-        base = sum_of_products((grad, dense(i, shape, x.dtype)) for i, grad in enumerate(grad_inner))
-        grad_x = add_grad_x(base, grad_h, inner, x.dtype).view(x.shape)
+        product = sum_of_products(
+            (grad, base(i).dense(middle, x.shape[-1], x.dtype)) for i, grad in enumerate(grad_inner)
+        )
+        grad_x = add_grad_x(product, grad_h, inner, x.dtype).view(x.shape)
     product = x.new_empty(0) if value is None else value
     return grad_x, grad_a, grad_down_a, [*inner_grad_bs, *grad_bs], product, grad_gate, grad_up
 

@@ -7,7 +7,6 @@ The base products are rounded to x's dtype before the low-rank parts are added i
 import torch
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import Dropout, add_product, as_rows
 from peftkern.ops._projections_triton import (
     Adapters,
     Weights,
@@ -19,6 +18,7 @@ from peftkern.ops._projections_triton import (
     sum_of_products,
 )
 from peftkern.ops._triton import meta_nf4
+from peftkern.ops._weight_triton import rows_of
 
 
 def lora_qkv(
@@ -36,14 +36,13 @@ def lora_qkv(
     seeds: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
-    rows = as_rows(x)
+    rows = rows_of(x)
     adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
-    base = Weights(weights, scales, scale_counts, block_sizes)
+    base = Weights(weights, scales, scale_counts, block_sizes).base
     h = products(rows, adapters)
     ys = []
     for i, (out, lora_b, scaling, bias) in enumerate(zip(out_features, lora_bs, scalings, biases)):
-        left = adapters.part(h, i).contiguous()
-        y = add_product(base.product(i, rows, out), left, lora_b.t(), x.dtype, Dropout(), scaling, given(bias))
+        y = base(i).extended(rows, out, adapters.part(h, i), lora_b.t(), scaling, given(bias))
         ys.append(y.view(*x.shape[:-1], out))
     return ys, h
 
@@ -66,16 +65,17 @@ def lora_qkv_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
-    rows, grads = as_rows(x), [as_rows(grad_y) for grad_y in grad_ys]
+    rows, grads = rows_of(x), [rows_of(grad_y) for grad_y in grad_ys]
     adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
-    dense = Weights(weights, scales, scale_counts, block_sizes).dense
+    base = Weights(weights, scales, scale_counts, block_sizes).base
     grad_h, grad_bs = small_gradients(grads, h, adapters, need_x or need_a, need_b)
     grad_a = grad_a_of(rows, grad_h, adapters) if need_a else x.new_empty(0)
     grad_x = x.new_empty(0)
     if need_x:
-        shapes = [(grad.shape[1], x.shape[-1]) for grad in grads]
-        base = sum_of_products((grad, dense(i, shapes[i], x.dtype)) for i, grad in enumerate(grads))
-        grad_x = add_grad_x(base, grad_h, adapters, x.dtype).view(x.shape)
+        product = sum_of_products(
+            (grad, base(i).dense(grad.shape[1], x.shape[-1], x.dtype)) for i, grad in enumerate(grads)
+        )
+        grad_x = add_grad_x(product, grad_h, adapters, x.dtype).view(x.shape)
     return grad_x, grad_a, grad_bs
 
 
@@ -92,7 +92,6 @@ def configurations() -> None:
     for rank, dtype, dropout_p in (
         (16, torch.bfloat16, 0.0),
         (64, torch.bfloat16, 0.1),
-        (16, torch.float16, 0.1),
         (16, torch.float32, 0.1),
     ):
         x = empty(8192, features, dtype=dtype)

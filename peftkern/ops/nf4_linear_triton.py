@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import as_rows, sum_partials
 from peftkern.ops._triton import meta_nf4
-from peftkern.ops._weight_triton import base_product, dense, few_rows, matmul, runs_fused
+from peftkern.ops._weight_triton import Base, matmul, rows_of
 
 
 def nf4_linear(
@@ -26,14 +25,8 @@ def nf4_linear(
     bias: Tensor | None,
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    rows = as_rows(x)
-    parts = (absmax, nested_absmax, nested_quant_map, offset)
-    if runs_fused(len(rows), x.shape[-1], block_size):
-        y = sum_partials(few_rows(rows, codes, parts, block_size, out_features), 1.0, x.dtype, bias)
-    else:
-        y = base_product(rows, codes, parts, block_size, out_features)
-        y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], out_features)
+    base = Base(codes, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    return base.linear(rows_of(x), out_features, bias).view(*x.shape[:-1], out_features)
 
 
 def nf4_linear_backward(
@@ -47,9 +40,9 @@ def nf4_linear_backward(
     in_features: int,
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    parts = (absmax, nested_absmax, nested_quant_map, offset)
-    weight = dense(codes, parts, block_size, (grad_y.shape[-1], in_features), grad_y.dtype)
-    return matmul(as_rows(grad_y), weight).view(*grad_y.shape[:-1], in_features)
+    base = Base(codes, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    weight = base.dense(grad_y.shape[-1], in_features, grad_y.dtype)
+    return matmul(rows_of(grad_y), weight).view(*grad_y.shape[:-1], in_features)
 
 
 def configurations() -> None:

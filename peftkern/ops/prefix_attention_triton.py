@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops._low_rank_triton import PROGRAMS, sum_partials
+from peftkern.ops._reduce_triton import sum_parts
 from peftkern.ops._token_attention import TokenAttention
-from peftkern.ops._triton import dot_operand, launch, rounded
+from peftkern.ops._triton import PROGRAMS, dot_operand, launch, rounded
 
 # More does not fit the registers and shared memory that all of the chips have.
 LONGEST_HEADS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -30,6 +30,14 @@ def rows_at(base, row, column, in_rows, head_dim, row_stride):
 def multiplied(left, right, total, like):
     """total + left @ right, of operands rounded to the dtype that `like` points to, as torch's attention has them."""
     return tl.dot(dot_operand(left, like), dot_operand(right, like), total, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(heads, row_tiles, ROWS: tl.constexpr):
+    """The batch, the head and the int64 rows of a program whose number counts tiles of rows, heads and batches."""
+    head = tl.program_id(0).to(tl.int64) // row_tiles
+    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return head // heads, head % heads, row
 
 
 @triton.jit
@@ -65,10 +73,7 @@ def _merge(
     LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    head = tl.program_id(0).to(tl.int64) // row_tiles
-    batch, head = head // heads, head % heads
-    kv_head = head // (heads // kv_heads)
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch, head, row = tile_of(heads, row_tiles, ROWS)
     in_rows = row < queries
     column = tl.arange(0, HEAD)
     values = rows_at(query + batch * query_batch + head * query_head, row, column, in_rows, head_dim, query_row)
@@ -82,7 +87,7 @@ def _merge(
         total = tl.full([ROWS], 1.0, tl.float32)
         base = tokens + batch * tokens_batch + head * tokens_head
         sums = rows_at(base, row, column, in_rows, head_dim, tokens_row)
-    prefix = batch * prefix_batch + kv_head * length * head_dim
+    prefix = batch * prefix_batch + head // (heads // kv_heads) * length * head_dim
     for start in range(0, length, LENGTH):
         position = (start + tl.arange(0, LENGTH)).to(tl.int64)
         in_prefix = position < length
@@ -140,10 +145,7 @@ def _add_grad_query(
     LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    head = tl.program_id(0).to(tl.int64) // row_tiles
-    batch, head = head // heads, head % heads
-    kv_head = head // (heads // kv_heads)
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch, head, row = tile_of(heads, row_tiles, ROWS)
     in_rows = row < queries
     column = tl.arange(0, HEAD)
     values = rows_at(query + batch * query_batch + head * query_head, row, column, in_rows, head_dim, query_row)
@@ -153,7 +155,7 @@ def _add_grad_query(
         grads * rows_at(out + batch * out_batch + head * out_head, row, column, in_rows, head_dim, out_row), 1
     )
     joint = tl.load(lse + (batch * heads + head) * queries + row, mask=in_rows, other=0.0)
-    prefix = batch * prefix_batch + kv_head * length * head_dim
+    prefix = batch * prefix_batch + head // (heads // kv_heads) * length * head_dim
     sums = tl.zeros([ROWS, HEAD], tl.float32)
     for start in range(0, length, LENGTH):
         position = (start + tl.arange(0, LENGTH)).to(tl.int64)
@@ -368,7 +370,7 @@ def prefix_attention_backward(
             **tiles,
         )
         factors = (scale, 1.0)
-        grad_prefix = [sum_partials(p, f, t.dtype) for p, f, t in zip(partials, factors, (prefix_key, prefix_value))]
+        grad_prefix = [sum_parts(p, f, dtype=t.dtype) for p, f, t in zip(partials, factors, (prefix_key, prefix_value))]
     return (*grads, *grad_prefix)  # type: ignore[return-value]
 
 

@@ -37,6 +37,13 @@ def test_shapes(device: str, dtype: torch.dtype, kind: str, rank: int, shape: tu
     check(device, dora_inputs(random_weight(kind, shape), x.to(dtype), rank, bias_dtype=dtype))
 
 
+def test_a_wider_weight_is_not_rounded(device: str, seed: int) -> None:
+    """To x's dtype, which here has not its range."""
+    x, grad_y = (1e-4 * torch.randn(5, features) for features in (33, 7))
+    inputs = dora_inputs(1e5 * random_weight("float32", (7, 33)), x.half(), bias_dtype=torch.float16)
+    check(device, inputs, grad_y.half())
+
+
 def test_sums_in_several_parts(device: str, seed: int) -> None:
     """Of features, of rows; twice with the same bits."""
     run, names = on(device, dora_linear), ("x", "lora_a", "lora_b", "magnitude")

@@ -52,6 +52,15 @@ def test_a_scale_of_zero(device: str, dtype: torch.dtype, kind: str, seed: int) 
 
 
 @SIDES
+def test_a_wider_weight_is_not_rounded(device: str, scale_input: bool, seed: int) -> None:
+    """To x's dtype, which here has not its range; also where a scale of zero hides the product."""
+    x, grad_y = (1e-4 * torch.randn(5, features) for features in (33, 7))
+    inputs = ia3_inputs(1e5 * random_weight("float32", (7, 33)), x.half(), scale_input, torch.float16)
+    inputs["scale"][1] = 0
+    check(device, inputs, grad_y.half())
+
+
+@SIDES
 def test_many_rows(device: str, scale_input: bool, seed: int) -> None:
     """Sums of several parts, twice with the same bits."""
     inputs = ia3_inputs(random_weight("float32", (7, 33)), torch.randn(300, 33), scale_input, torch.float32)
