@@ -1,4 +1,7 @@
-"""What `benchmarks.backends` measured, as Markdown: `python -m benchmarks.backends_table [--update docs/peft.md]`."""
+"""What `benchmarks.backends` measured, as Markdown and as a picture.
+
+`python -m benchmarks.backends_table [FILE.json] [--update docs/peft.md] [--plot PICTURE.png]`
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backends import LAYER, LAYER_ROWS, MODULE, OURS, STOCK
+from benchmarks.plot import save
 from benchmarks.table import RESULTS as OPS_RESULTS
 from benchmarks.table import cell, grid, read_report, update
 
@@ -135,6 +139,48 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Stock's time and memory beside ours, a pair of bars for each case and number of tokens, at one thread.
+
+    Raises:
+        SystemExit: nothing of both was measured at one thread.
+    """
+    from matplotlib.figure import Figure
+
+    panels = (
+        (
+            "milliseconds",
+            [row for row in report["rows"] if row["threads"] == 1 and row["case"] != LAYER],
+            "median_ms",
+            1.0,
+        ),
+        ("MB that a step rises by", report["memory"], "rise_bytes", 1e-6),
+    )
+    places = list(dict.fromkeys((row["case"], row["tokens"]) for row in panels[0][1]))
+    if not places:
+        raise SystemExit("benchmarks.backends_table: nothing was measured at one thread")
+    figure = Figure(figsize=(12, 0.42 * len(places) + 1.4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (label, rows, name, unit) in zip(axes, panels):
+        for shift, contender, colour in ((-0.2, STOCK, "#b8b8b8"), (0.2, OURS, "#0b6e4f")):
+            found = [_by_contender(rows, case=case, tokens=tokens).get(contender) for case, tokens in places]
+            values = [0.0 if row is None else row[name] * unit for row in found]
+            at = [i + shift for i in range(len(places))]
+            bars = axis.barh(at, values, 0.38, color=colour, label=contender)
+            axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+        axis.set(xlabel=label)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(places)), [f"{case}, {tokens} tokens" for case, tokens in places])
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=9)
+    millions = report["model"]["parameters"] / 1e6
+    figure.suptitle(
+        f"A training step, or 32 new tokens, of a Llama of {millions:.0f} M parameters; one thread", fontsize=11
+    )
+    save(figure, path)
+
+
 def of_file(results: Path) -> str:
     """The tables of a file, or how to measure it where there is none yet.
 
@@ -150,8 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backends_table", description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS, metavar="FILE.json")
     parser.add_argument("--update", type=Path, metavar="FILE.md", help="write between the marks for results")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE.png", help="draw them")
     args = parser.parse_args(argv)
     text = of_file(args.results)
+    if args.plot is not None:
+        draw(read_report(args.results), args.plot)
     if args.update is None:
         print(text)
     else:

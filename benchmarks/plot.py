@@ -59,7 +59,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def draw_panels(panels: list[tuple[str, list[dict[str, Any]]]], title: str, path: Path) -> None:
     """A picture of (title, rows) side by side, written whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(panels))
@@ -72,6 +71,13 @@ def draw_panels(panels: list[tuple[str, list[dict[str, Any]]]], title: str, path
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a picture whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)

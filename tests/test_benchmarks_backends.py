@@ -103,7 +103,7 @@ def row(contender, median, case="QLoRA", tokens=128, threads=1):
     return place | {"median_ms": median, "p25_ms": median, "p75_ms": median, "rounds": 3, "profile": shares}
 
 
-def test_table():
+def report_of_one_case():
     rows = [row("stock", 3.0), row("peftkern", 2.0), row("stock", 3.0, tokens=512), row("peftkern", 2.0, tokens=512)]
     rows += [row("stock", 8.0, backends.LAYER, 64), row("peftkern", 2.0, backends.LAYER, 64)]
     sides = {"case": "QLoRA", "tokens": 512, "peak_bytes": 3e8}
@@ -113,14 +113,25 @@ def test_table():
     ]
     model = SIZES._asdict() | {"parameters": 1e8}
     machine = {"cpu": "a CPU", "versions": {"torch": "2", "peft": None}}
-    report = {"machine": machine, "command": "c", "model": model, "new_tokens": 2, "rows": rows, "memory": memory}
-    text = backends_table.markdown(report)
+    return {"machine": machine, "command": "c", "model": model, "new_tokens": 2, "rows": rows, "memory": memory}
+
+
+def test_table():
+    text = backends_table.markdown(report_of_one_case())
     assert "| stock / peftkern | 128 tokens, 1 thread | 512 tokens, 1 thread |" in text
     assert "| QLoRA | 1.50 (1.6) | **1.50** (1.25) |" in text
     assert "for who only installs peftkern: **4.00** (3) on 1 thread." in text
     assert "| QLoRA | **100 / 200** | 300 / 300 |" in text
     assert "| QLoRA | 128 | 1 | 3 (3 - 3) | 2 (2 - 2) |" in text
     assert "| QLoRA | 128 | 1 | `lora_linear` forward 50%, `mm` 25% |" in text and text.count("forward 50%") == 1
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    backends_table.draw(report_of_one_case(), tmp_path / "speed.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.png"]
+    with pytest.raises(SystemExit, match="nothing was measured at one thread"):
+        backends_table.draw({**report_of_one_case(), "rows": [row("stock", 3.0, threads=2)]}, tmp_path / "none.png")
 
 
 def test_table_without_results(tmp_path):
