@@ -107,6 +107,7 @@ def test_explain_names_the_op(seed: int) -> None:
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "lora_mlp"),
         "o_proj": "lora_linear",
         "self_attn": "prefix_attention",
+        "model": "cross_entropy",
     }
     layer_of(model, "mlp.up_proj").lora_A.register_forward_hook(lambda module, args, y: None)  # never called
     layer_of(model, "mlp.up_proj").lora_A["default"].register_forward_hook(lambda module, args, y: None)
