@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkern import backends
@@ -57,6 +57,8 @@ class _Config:
 def use(model: nn.Module) -> None:
     """Has the modules of a model that look their attention up find ours in the place of torch's."""
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            continue  # whose config is saved
         config = module.__dict__.get("config")
         kind: Any = getattr(module, "block_class", type(module))  # a fused block's own
         if config is not None and not is_ours(module) and _looks_up(kind):
