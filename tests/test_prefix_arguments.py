@@ -72,7 +72,7 @@ def test_meta_tensors() -> None:
         (0, torch.ones(2, 4, 6), "query must have shape"),
         (1, torch.ones(2, 2, 6, 7), "key must have shape"),
         (2, torch.ones(2, 2, 5, 8), "value must have shape"),
-        (3, torch.ones(2, 0, 8), "prefix_key must have shape .* positive length"),
+        (3, torch.ones(2, 3, 7), "prefix_key must have shape .* with key's sizes"),
         (4, torch.ones(2, 4, 8), "prefix_value must have shape"),
         (5, torch.ones(6, 6), "attn_mask must have shape"),
     ],
