@@ -188,13 +188,14 @@ def call_obstacle(layer: Any, names: list[str], x: Any, args: tuple, kwargs: dic
     reason = idle(layer, names)
     if reason and (type(layer.base_layer) not in BNB_LINEARS or (layer.disable_adapters and layer.merged)):
         return f"{reason}, the base alone"
-    if type(x) not in PLAIN or x.layout is not torch.strided:
-        return "x is not a plain tensor"
+    transform = transform_obstacle(x)
+    if transform:
+        return transform
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return "x has the wrong shape"
     if not torch.compiler.is_compiling() and _has_any_global_hook():
         return "global module hooks"
-    return transform_obstacle(x)
+    return ""
 
 
 def base_obstacle(layer: Any, x: Tensor, op: str) -> str:
