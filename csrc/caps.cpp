@@ -41,6 +41,16 @@ PYBIND11_MODULE(_caps, m) {
         "nf4_codebook", [] { return std::vector<float>(kNf4Codebook, kNf4Codebook + 16); },
         "The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E), ascending.");
     m.def(
+        "nf4_scaled_codebook",
+        [](const std::string& dtype) {
+            if (dtype != "bfloat16" && dtype != "float16")
+                throw std::invalid_argument("nf4_scaled_codebook: dtype must be bfloat16 or float16, got " + dtype);
+            const bool bf16 = dtype == "bfloat16";
+            const unsigned short* bits = bf16 ? kNf4Bf16Codebook : kNf4Fp16Codebook;
+            return std::make_pair(std::vector<int>(bits, bits + 16), bf16 ? kNf4Bf16Scale : kNf4Fp16Scale);
+        },
+        "The codebook times a factor, as the 16 bits of each value, and the factor, by which absmax is divided.");
+    m.def(
         "cuda_archs", [] { return std::string(PEFTKERN_CUDA_ARCHS); },
         "The CUDA architectures compiled, such as \"80,90a\"; empty without CUDA kernels.");
     m.def(

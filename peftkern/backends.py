@@ -4,8 +4,9 @@ A backend asked for by name runs or raises; only auto chooses. The rule for auto
 
 - `cpu` (C++): x on the CPU in fp32, bf16 or fp16.
 - `cuda` (C++) or `triton`: x on a GPU in these dtypes, and a committed record says that the op's kernels are right
-  there and not slower than the same formula in torch's ops. There is no record yet.
-- `reference` (plain torch): everything else: a GPU without such a record, float64, devices without kernels.
+  there and not slower than `torch`. There is no record yet.
+- `torch` (composed of torch's ops, in x's dtype): in these dtypes on every other device.
+- `reference` (the formula in fp32 or float64, the tests' oracle): float64.
 """
 
 import os
@@ -17,9 +18,9 @@ import torch
 
 from peftkern._native import caps
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = CUDA_DTYPES = CPU_DTYPES
+TRITON_DTYPES = CUDA_DTYPES = TORCH_DTYPES = CPU_DTYPES
 OLDEST_TRITON = (3, 6)
 # Ops with Triton kernels; each adds itself.
 TRITON_OPS: set[str] = set()
@@ -97,20 +98,24 @@ def _choose(op: str, x: torch.Tensor, backend: str | None, call: tuple[Any, ...]
     if name == "auto":
         if runs_on_cpu:
             return _CPU_CHOICES[x.dtype]
-        if x.device.type == "cuda" and x.dtype in TRITON_DTYPES:
+        if x.dtype not in TORCH_DTYPES:
+            return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
+        if x.device.type == "cuda":
             return _auto_on_gpu(op, x, call)
-        return Choice("reference", f"auto: no kernel for {x.dtype} on {x.device.type}")
+        return Choice("torch", f"auto: torch's ops on {x.device.type}, for which there are no kernels")
+    if name == "torch" and x.dtype not in TORCH_DTYPES:
+        raise RuntimeError(f"{op}: backend 'torch' takes fp32, bf16 or fp16, got {x.dtype}; use backend='reference'")
     if name == "cpu" and not runs_on_cpu:
         raise RuntimeError(
             f"{op}: backend 'cpu' takes fp32, bf16 or fp16 on the CPU, got {x.dtype} on {x.device}; "
-            "use backend='reference' or move x"
+            f"use backend={'torch' if x.dtype in TORCH_DTYPES else 'reference'!r} or move x"
         )
     if name == "triton" and (problem := _triton_problem(op, x)):
         raise RuntimeError(f"{op}: backend 'triton' {problem}")
     if name == "cuda" and (problem := _cuda_problem(op, x)):
         raise RuntimeError(f"{op}: backend 'cuda' {problem}")
     if name == "cuda" and (limit := _cuda_limit(op, x, call)):
-        raise RuntimeError(f"{op}: backend 'cuda' {limit}; use backend='triton' or 'reference'")
+        raise RuntimeError(f"{op}: backend 'cuda' {limit}; use backend='triton' or 'torch'")
     return Choice(name, why)
 
 
@@ -119,9 +124,9 @@ def _auto_on_gpu(op: str, x: torch.Tensor, call: tuple[Any, ...]) -> Choice:
     if op in GPU_RECORDS:
         backend, record = GPU_RECORDS[op]
         if backend == "cuda" and (limit := _cuda_limit(op, x, call)):
-            return Choice("reference", f"auto: backend 'cuda' {limit}")
+            return Choice("torch", f"auto: backend 'cuda' {limit}")
         return Choice(backend, f"auto: right and not slower than torch's ops by {record}")
-    return Choice("reference", "auto: no record of a GPU says that a kernel is right and not slower than torch's ops")
+    return Choice("torch", "auto: torch's ops; no record of a GPU says that a kernel is right and not slower")
 
 
 def interpreting() -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peftkern._native import caps
+from peftkern.engines.torch import decode
 from peftkern.integrations import _peft_small
 
 # bitsandbytes is what tests compare with, so it must not run our kernels. Those of the backend turn it on.
@@ -43,3 +44,11 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["our kernel", "gather"])
+def decoded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What decodes NF4: the CPU's kernel, or the look-up that other devices use."""
+    if request.param == "gather":
+        monkeypatch.setattr(decode, "route_of", lambda device: "gather")
+    return str(request.param)

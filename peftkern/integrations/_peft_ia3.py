@@ -22,7 +22,7 @@ from peftkern.integrations._peft_base import (
 )
 from peftkern.integrations.peft_merge import MergesNF4
 from peftkern.ops._linear import FLOATING, autocast
-from peftkern.ops.ia3_linear import ia3_linear_native
+from peftkern.ops.ia3_linear import ia3_linear_by
 
 
 def active(layer: Any) -> list[str]:
@@ -77,7 +77,7 @@ def fast(layer: Any, x: Tensor) -> Tensor:
 
 def _ia3(scale: Tensor, base: Base, scale_input: bool, x: Tensor) -> Tensor:
     x, bias = autocast(x, base.bias)
-    return ia3_linear_native(x, base.weight, scale, bias, scale_input)
+    return ia3_linear_by("cpu", x, base.weight, scale, bias, scale_input)
 
 
 class Linear(Accelerated, MergesNF4, ia3.Linear):

@@ -35,7 +35,7 @@ from peftkern.nn._fused_block import AdaptedProjection
 from peftkern.ops._linear import autocast, computing_dtype
 from peftkern.ops._projections import Projection
 from peftkern.ops.dora_linear import dora_linear
-from peftkern.ops.lora_linear import lora_linear_native
+from peftkern.ops.lora_linear import lora_linear_by
 from peftkern.ops.multi_lora_linear import multi_lora_linear
 
 BASE_NAME = "__base__"
@@ -224,7 +224,7 @@ def _lora(adapters: list[Parts], base: Base, x: Tensor) -> Tensor:
         b = torch.cat([adapter.b.weight.float() * adapter.scaling for adapter in at_once], 1)
         scaling = 1.0
     x, bias = autocast(x, _bias(at_once, base))
-    y = lora_linear_native(x, base.weight, a, b, scaling, bias, p)
+    y = lora_linear_by("cpu", x, base.weight, a, b, scaling, bias, p)
     for adapter in others:
         y = y + _delta(adapter, x)
     return y.to(x.dtype)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.engines.torch import linear as composed
+from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.ops._dropout import draw_seed
 from peftkern.ops._linear import Weight, accumulate_dtype, check_linear, dense_weight, native_weight
 from peftkern.ops.lora_linear import check_lora, lora_linear_reference
@@ -91,6 +93,17 @@ def native_projections(projections: Sequence[Projection]) -> NativeProjections:
         lists.scalings.append(scaling)
         lists.biases.append(codes.new_empty(0, dtype=dtype) if bias is None else bias)
     return lists
+
+
+def composed_projections(projections: Sequence[Projection]) -> list[composed.Projection]:
+    """As the engine that composes torch's ops takes them."""
+    made = []
+    for weight, lora_a, lora_b, scaling, bias in projections:
+        if lora_b is not None and isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
+            lora_b, scaling = lora_b.float() * scaling, 1.0
+        scaling = 0.0 if lora_b is None else float(scaling)
+        made.append(composed.Projection(FrozenWeight.of(weight), lora_a, lora_b, scaling, bias))
+    return made
 
 
 def stacked_dtype(lora_as: Sequence[Tensor]) -> torch.dtype:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch import bottleneck as composed
 from peftkern.ops._linear import (
     FLOATING,
     NUMBER,
@@ -80,7 +81,7 @@ def bottleneck_adapter(
         activation: f, "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh".
         scaling: a number or a 0-d tensor, read at every call.
         residual: x's shape, in its dtype or fp32; x by default.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., d] in x's dtype. Differentiable in every tensor.
@@ -97,6 +98,9 @@ def bottleneck_adapter(
         )
     if isinstance(scaling, Tensor):  # folded into U and its bias: torch differentiates it
         up_weight, up_bias, scaling = up_weight.float() * scaling, up_bias.float() * scaling, 1.0
+    if implementation == "torch":
+        factors = (down_weight, down_bias, up_weight, up_bias)
+        return composed.bottleneck_adapter(x, *factors, activation, float(scaling), residual)
     ops = NAMESPACES[implementation]
     y, _ = ops.bottleneck_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     return y

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops
+from peftkern.engines.torch import cross_entropy as composed
 from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, raise_double_backward
 
 OP = "cross_entropy"
@@ -48,7 +49,10 @@ def cross_entropy(
             Under torch.compile a target out of range is a RuntimeError, as it is found later.
     """
     _check(logits, target, ignore_index, reduction)
-    if backends.choose(OP, logits, backend).implementation == "reference":
+    implementation = backends.choose(OP, logits, backend).implementation
+    if implementation == "torch":
+        losses = composed.cross_entropy(logits, target, ignore_index)
+    elif implementation == "reference":
         losses = cross_entropy_reference(logits, target, ignore_index)
     else:
         losses = ops.cross_entropy(logits, target, ignore_index)[0]

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch import dora as composed
+from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -75,6 +77,8 @@ def weight_square_norm(weight: Weight, *, backend: str | None = None) -> Tensor:
     parts = native_weight(weight)
     probe = parts[0].new_empty(0, dtype=weight.dtype)
     implementation = backends.choose("dora_norm", probe, backend).implementation
+    if implementation == "torch":
+        return composed.square_norm(FrozenWeight.of(weight))
     if implementation != "reference":
         return NAMESPACES[implementation].dora_linear_square_norm(*parts, *weight.shape)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -102,7 +106,7 @@ def dora_norm(
         square_norm: `weight_square_norm(weight)`, if it is at hand: it never changes.
         dtype: of the activations. With bf16 the products A W^T are bf16 dot products where the CPU has them; rows whose
             norm is much smaller than W's are computed directly.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
@@ -114,11 +118,13 @@ def dora_norm(
         compute = accumulate_dtype(probe)
         change = scaling * (lora_b.to(compute) @ lora_a.to(compute))
         return torch.linalg.vector_norm(dense_weight(weight, compute) + change, dim=1)
+    if isinstance(scaling, Tensor):
+        lora_b, scaling = lora_b.float() * scaling, 1.0
+    if implementation == "torch":
+        return composed.dora_norm(FrozenWeight.of(weight), lora_a, lora_b, float(scaling))
     if square_norm is None:
         square_norm = weight_square_norm(weight, backend=implementation)
     check_tensor("dora_norm", "square_norm", square_norm, (torch.float32,), lora_a.device)
-    if isinstance(scaling, Tensor):
-        lora_b, scaling = lora_b.float() * scaling, 1.0
     native, ops = native_weight(weight), NAMESPACES[implementation]
     return ops.dora_linear_norm(*native, lora_a, lora_b, scaling, square_norm, dtype == torch.bfloat16)
 
@@ -154,7 +160,7 @@ def dora_linear(
         dropout_mode: "peft" drops the input of the base product that is scaled as well, which is HF PEFT's formula and
             takes two base products; "lora_only" drops the low-rank path alone, in one.
         detach_norm: treat the norm as a constant in backward (section 4.3 of the paper; what HF PEFT does).
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, magnitude, scaling and bias, not in the weight.
@@ -174,8 +180,9 @@ def dora_linear(
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight must be frozen, got one that requires grad")
     x, bias = autocast(x, bias)
-    seed = draw_seed(x.device) if training and dropout_p > 0 else None
     implementation = backends.choose(op, x, backend).implementation
+    draws = training and dropout_p > 0 and implementation != "torch"
+    seed = draw_seed(x.device) if draws else None
     if implementation == "reference":
         return dora_linear_reference(
             x, weight, lora_a, lora_b, magnitude, scaling, bias, dropout_p, seed, dropout_mode, detach_norm, norm
@@ -186,6 +193,10 @@ def dora_linear(
         a, b = (lora_a.detach(), lora_b.detach()) if detach_norm else (lora_a, lora_b)
         norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend=implementation)
     scale = magnitude.float() / (norm.detach() if detach_norm else norm)
+    if implementation == "torch":
+        p, drops_base = dropout_p if training else 0.0, dropout_mode == "peft"
+        frozen = FrozenWeight.of(weight)
+        return composed.dora_linear(x, frozen, lora_a, lora_b, scale, float(scaling), bias, p, drops_base)
     need_z = torch.is_grad_enabled() and scale.requires_grad
     y, _, _ = NAMESPACES[implementation].dora_linear(
         x,

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch import ia3 as composed
+from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.ops._linear import (
     Weight,
     accumulate_dtype,
@@ -55,7 +57,7 @@ def ia3_linear(
         scale: l [out], or [in] with scale_input; x's dtype or fp32. Ones are the identity.
         bias: [out], optional.
         scale_input: scale x instead of the output, as (IA)^3 does in the feed-forward block.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, scale and bias. Where the output is scaled, y is kept for backward
@@ -76,15 +78,17 @@ def ia3_linear(
         raise ValueError(f"{op}: weight must be frozen, got one that requires grad")
     x, bias = autocast(x, bias)
     implementation = backends.choose(op, x, backend).implementation
+    return ia3_linear_by(implementation, x, weight, scale, bias, scale_input)
+
+
+def ia3_linear_by(
+    implementation: str, x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, scale_input: bool
+) -> Tensor:
+    """`ia3_linear` for arguments that have been checked and x and bias that are cast."""
     if implementation == "reference":
         return ia3_linear_reference(x, weight, scale, bias, scale_input)
-    return ia3_linear_native(x, weight, scale, bias, scale_input, implementation)
-
-
-def ia3_linear_native(
-    x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, scale_input: bool, implementation: str = "cpu"
-) -> Tensor:
-    """`ia3_linear` on the kernels, for arguments that have been checked and x and bias that are cast."""
+    if implementation == "torch":
+        return composed.ia3_linear(x, FrozenWeight.of(weight), scale, bias, scale_input)
     run = NAMESPACES[implementation].ia3_linear
     return run(x, *native_weight(weight), weight.shape[0], scale.float(), bias, scale_input)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops as native_ops
+from peftkern.engines.torch.decode import Weight as FrozenWeight
+from peftkern.engines.torch.linear import Projection, linears
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
@@ -79,8 +81,8 @@ def lora_linear(
         scaling: a number or a 0-d tensor, read at every call (LoRA: alpha / rank).
         bias: [out], optional.
         dropout_p: probability of dropping an element of x on the low-rank path, used if `training`.
-        backend: "reference", "cpu", "triton" or, for 1 to 8 rows of bf16 or fp16 on an NF4Weight without dropout,
-            "cuda"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu", "triton" or, for 1 to 8 rows of bf16 or fp16 on an NF4Weight without
+            dropout, "cuda"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_a, lora_b, scaling, bias and a dense weight.
@@ -92,13 +94,11 @@ def lora_linear(
     x, bias = autocast(x, bias)
     dropout_p = dropout_p if training else 0.0
     implementation = backends.choose("lora_linear", x, backend, weight, dropout_p).implementation
-    if implementation == "reference":
-        seed = draw_seed(x.device) if dropout_p > 0 else None
-        return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
-    return lora_linear_native(x, weight, lora_a, lora_b, scaling, bias, dropout_p, implementation)
+    return lora_linear_by(implementation, x, weight, lora_a, lora_b, scaling, bias, dropout_p)
 
 
-def lora_linear_native(
+def lora_linear_by(
+    implementation: str,
     x: Tensor,
     weight: Weight,
     lora_a: Tensor,
@@ -106,11 +106,16 @@ def lora_linear_native(
     scaling: float | Tensor,
     bias: Tensor | None,
     dropout_p: float,
-    implementation: str = "cpu",
 ) -> Tensor:
-    """`lora_linear` on the kernels, with dropout, for arguments that have been checked and x and bias that are cast."""
+    """`lora_linear` with dropout, for arguments that have been checked and x and bias that are cast."""
+    if implementation == "reference":
+        seed = draw_seed(x.device) if dropout_p > 0 else None
+        return lora_linear_reference(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
     if isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
         lora_b, scaling = lora_b.float() * scaling, 1.0
+    if implementation == "torch":
+        projection = Projection(FrozenWeight.of(weight), lora_a, lora_b, float(scaling), bias)
+        return linears(x, [projection], dropout_p)[0]
     seed = draw_seed(x.device) if dropout_p > 0 else None
     run = NAMESPACES[implementation].lora_linear
     y, _ = run(x, *native_weight(weight), weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch.mlp import lora_mlp as composed_mlp
 from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
 from peftkern.ops._projections import (
     Projection,
     check_projection,
+    composed_projections,
     draw_seeds,
     grad_biases,
     grad_weights,
@@ -83,7 +85,7 @@ def lora_mlp(
         dropout_p: probability of dropping an element on the low-rank paths, used if `training`. Each adapter has its
             own mask, that of `lora_linear` calls for gate, up and down.
         biases: for each of gate, up and down a tensor or None.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, adapters, scalings, biases and dense weights.
@@ -95,9 +97,11 @@ def lora_mlp(
     projections = [p._replace(bias=autocast(x, p.bias)[1]) for p in projections]
     x, _ = autocast(x, None)
     implementation = backends.choose("lora_mlp", x, backend).implementation
-    seeds = draw_seeds(projections, dropout_p, training, x.device)
+    seeds = None if implementation == "torch" else draw_seeds(projections, dropout_p, training, x.device)
     if implementation == "reference":
         return lora_mlp_reference(x, projections, activation, dropout_p, seeds)
+    if implementation == "torch":
+        return composed_mlp(x, composed_projections(projections), activation, dropout_p if training else 0.0)
     y, *_ = NAMESPACES[implementation].lora_mlp(x, *native_projections(projections), activation, dropout_p, seeds)
     return y
 

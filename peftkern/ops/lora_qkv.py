@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch.linear import linears
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
 from peftkern.ops._projections import (
     Projection,
     check_projection,
+    composed_projections,
     draw_seeds,
     grad_biases,
     grad_weights,
@@ -70,7 +72,7 @@ def lora_qkv(
         biases: for each [out] or None.
         dropout_p: probability of dropping an element of x on the low-rank paths, used if `training`. Each adapter has
             its own mask, that of `lora_linear` calls one after the other.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         A tuple of [..., out] in x's dtype. Differentiable in x, adapters, scalings, biases and dense weights.
@@ -92,9 +94,11 @@ def lora_qkv(
         check_projection(f"lora_qkv[{i}]", x, projection, dropout_p)
     x, projections = _autocast(x, projections)
     implementation = backends.choose("lora_qkv", x, backend).implementation
-    seeds = draw_seeds(projections, dropout_p, training, x.device)
+    seeds = None if implementation == "torch" else draw_seeds(projections, dropout_p, training, x.device)
     if implementation == "reference":
         return lora_qkv_reference(x, projections, dropout_p, seeds)
+    if implementation == "torch":
+        return linears(x, composed_projections(projections), dropout_p if training else 0.0)
     ys, _ = NAMESPACES[implementation].lora_qkv(x, *native_projections(projections), dropout_p, seeds)
     return tuple(ys)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops
+from peftkern.engines.torch.decode import Weight as FrozenWeight
+from peftkern.engines.torch.multi_lora import multi_lora_linear as composed_multi
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -88,7 +90,7 @@ def multi_lora_linear(
         lora_as, lora_bs: [rank, in] and [out, rank] of each adapter: x's dtype or fp32; any ranks; none at all too.
         scalings: for each a number or a 0-d tensor, read at every call.
         indices: int64 or int32, of the first dimensions of x, such as [batch] for x [batch, tokens, in] or [rows] for
-            x [rows, in]: which adapter each has; -1 for none.
+            x [rows, in]: which adapter each has; -1 for none. On the CPU, where nothing waits for it, or on x's device.
         bias: [out], optional.
         dropout_p: probability of dropping an element of x on the low-rank path, used if `training`. The mask is that of
             a `lora_linear` on all of x.
@@ -106,8 +108,14 @@ def multi_lora_linear(
     out_features = _check(x, weight, lora_as, lora_bs, scalings, indices, bias, dropout_p)
     x, bias = autocast(x, bias)
     indices = indices.long()
-    seed = draw_seed() if training and dropout_p > 0 and len(lora_as) else None
-    if backends.choose(OP, x, backend).implementation == "reference":
+    implementation = backends.choose(OP, x, backend).implementation
+    dropout_p = dropout_p if training and len(lora_as) else 0.0
+    if implementation == "torch":
+        adapters = _native_adapters(x, out_features, lora_as, lora_bs, scalings)
+        return composed_multi(x, FrozenWeight.of(weight), *adapters, indices, bias, dropout_p)
+    indices = indices.to(x.device)
+    seed = draw_seed() if dropout_p > 0 else None
+    if implementation == "reference":
         return multi_lora_linear_reference(x, weight, lora_as, lora_bs, scalings, indices, bias, dropout_p, seed)
     adapters = _native_adapters(x, out_features, lora_as, lora_bs, scalings)
     y, _ = ops.multi_lora_linear(x, *native_weight(weight), out_features, *adapters, indices, bias, dropout_p, seed)
@@ -138,7 +146,8 @@ def _check(
             raise ValueError(f"{OP}: {name} must have {len(lora_as)} entries, as lora_as, got {len(values)}")
     for i, (lora_a, lora_b, scaling) in enumerate(zip(lora_as, lora_bs, scalings)):
         check_lora(f"{OP}[{i}]", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-    check_tensor(OP, "indices", indices, (torch.int64, torch.int32), x.device)
+    on_host = isinstance(indices, Tensor) and indices.device.type == "cpu"
+    check_tensor(OP, "indices", indices, (torch.int64, torch.int32), indices.device if on_host else x.device)
     # Size by size: a trace would take a comparison of shapes as a reason to fix them.
     leading = x.shape[:-1]
     if indices.dim() > len(leading) or any(a != b for a, b in zip(indices.shape, leading)):

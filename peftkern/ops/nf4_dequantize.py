@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import FLOATING
 from peftkern.ops._nf4 import check_nf4_weight
@@ -40,7 +41,7 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     Args:
         q: the weight, flat or nested.
         dtype: of the result, fp32, bf16, fp16 or float64; the dense weight's own by default.
-        backend: "reference", "cpu", "cuda" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu", "cuda" or "triton"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError, RuntimeError: parts of q that do not fit its shape, a dtype that is not one of these, or
@@ -54,6 +55,8 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     implementation = backends.choose("nf4_dequantize", out, backend).implementation
     if implementation == "reference":
         return nf4_dequantize_reference(q, dtype)
+    if implementation == "torch":
+        return FrozenWeight.of(q).dense(dtype)
     return NAMESPACES[implementation].nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch.decode import Weight as FrozenWeight
+from peftkern.engines.torch.linear import Projection, linears
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import (
     accumulate_dtype,
@@ -37,7 +39,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
         x: [..., in], any leading shape and strides. fp32, bf16, fp16 on the kernels; float64 on the reference.
         weight: NF4Weight of shape [out, in].
         bias: [out], optional.
-        backend: "reference", "cpu", "cuda" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu", "cuda" or "triton"; by default the fastest that runs.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x and bias; the weight gets no gradient.
@@ -52,6 +54,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
     implementation = backends.choose("nf4_linear", x, backend).implementation
     if implementation == "reference":
         return nf4_linear_reference(x, weight, bias)
+    if implementation == "torch":
+        return linears(x, [Projection(FrozenWeight.of(weight), None, None, 0.0, bias)], 0.0)[0]
     return NAMESPACES[implementation].nf4_linear(x, *native_weight(weight), out_features, bias)
 
 

@@ -29,6 +29,8 @@ SERIAL_SUM = 32768
 MIN_ABSMAX = 1e-38
 MIN_NESTED_ABSMAX = 3e-39
 GRID_SIZE = 65536
+# Elements that the torch engine quantises at once, a multiple of every block size: an int64 index of 64 MB.
+CHUNK_ELEMENTS = 1 << 23
 
 
 def codebook() -> Tensor:
@@ -72,6 +74,13 @@ def codes_reference(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=ZERO_CODE)
     return (codes[0::2] << 4 | codes[1::2]).to(torch.uint8).unsqueeze(1), absmax
+
+
+def _codes_in_chunks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`codes_reference` with temporaries that do not grow with the weight."""
+    chunks = [codes_reference(chunk, block_size) for chunk in weight.reshape(-1).split(CHUNK_ELEMENTS)]
+    codes, absmax = zip(*chunks)
+    return torch.cat(codes), torch.cat(absmax)
 
 
 def nested_reference(absmax: Tensor, quant_map: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +154,7 @@ def nf4_quantize(
         weight: [out, in], fp32, bf16, fp16 or float64 (through fp32), finite. Not differentiable.
         block_size: elements per absmax, a power of two from 32 to 4096. Blocks run over the flattened weight.
         double_quant: quantise absmax itself to 8 bits, in blocks of 256.
-        backend: "reference", "cpu" or "cuda"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "cuda"; by default the fastest that runs.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or block size; a weight with NaN or infinity.
@@ -153,8 +162,11 @@ def nf4_quantize(
     """
     _check(weight, block_size)
     converted = weight.new_empty(0, dtype=_native_dtype(weight.dtype))
-    if backends.choose("nf4_quantize", converted, backend).implementation == "reference":
+    implementation = backends.choose("nf4_quantize", converted, backend).implementation
+    if implementation == "reference":
         return nf4_quantize_reference(weight, block_size, double_quant)
+    if implementation == "torch":
+        return _quantize(weight, block_size, double_quant, _codes_in_chunks, nested_reference)
     return _quantize(weight, block_size, double_quant, ops.nf4_quantize, ops.nf4_quantize_absmax)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch import attention as composed
 from peftkern.ops._linear import (
     FLOATING,
     NUMBER,
@@ -101,8 +102,8 @@ def prefix_attention(
         is_causal: query i takes part with tokens 0 to i; not with attn_mask.
         scale: of the scores; 1 / sqrt(head_dim) by default.
         enable_gqa: whether heads may be a multiple of kv_heads, in consecutive groups.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs. A mask that requires grad needs the
-            reference.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs. A mask that requires
+            grad needs the reference.
 
     Returns:
         [batch, heads, queries, head_dim] in query's dtype. Differentiable in query, key, value and both prefixes, whose
@@ -116,13 +117,13 @@ def prefix_attention(
     dtype = computing_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     choice = backends.choose(op, query, backend)
+    trained_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if prefix_key.shape[-2] == 0 and choice.implementation not in ("cpu", "reference"):
         if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
             attn_mask = attn_mask.to(dtype)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    trained_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if trained_mask and choice.implementation != "reference" and "asked" in choice.reason:
         name = choice.implementation
         raise RuntimeError(f"{op}: backend {name!r} gives attn_mask no gradient; use backend='reference'")
@@ -130,6 +131,8 @@ def prefix_attention(
         return prefix_attention_reference(query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = None if attn_mask is None else _additive(attn_mask, (*query.shape[:3], key.shape[2]), dtype)
+    if choice.implementation == "torch":
+        return composed.prefix_attention(query, key, value, prefix_key, prefix_value, mask, is_causal, scale)
     run = NAMESPACES[choice.implementation].prefix_attention
     return run(query, key, value, prefix_key, prefix_value, mask, is_causal, scale)[0]
 

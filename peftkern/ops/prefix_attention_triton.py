@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.engines.token_attention import TokenAttention
 from peftkern.ops._reduce_triton import sum_parts
-from peftkern.ops._token_attention import TokenAttention
 from peftkern.ops._triton import PROGRAMS, dot_operand, launch, rounded
 
 # More does not fit the registers and shared memory that all of the chips have.

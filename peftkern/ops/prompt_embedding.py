@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
+from peftkern.engines.torch.prompts import IGNORED_LABEL, prompt_in_front
 from peftkern.ops._linear import FLOATING, raise_double_backward
 from peftkern.ops._registration import NAMESPACES, register
 
 OP = "prompt_embedding"
-IGNORED_LABEL = -100
 INTEGERS = (torch.int64, torch.int32)
 MASKS = (torch.int64, torch.int32, torch.uint8, torch.bool, *FLOATING)
 
@@ -101,7 +101,7 @@ def prompt_embedding(
             gets 0 to rows - 1, and the given ones move by rows.
         prompt_places: [rows] or [batch, rows], int64 or int32, ascending: where in the output the prompt's rows go (the
             templates of P-tuning, arXiv 2103.10385); by default first.
-        backend: "reference", "cpu" or "triton"; by default the fastest that runs.
+        backend: "reference", "torch", "cpu" or "triton"; by default the fastest that runs.
 
     Returns:
         PromptedInputs(inputs_embeds, attention_mask, labels, position_ids), each [batch, rows + tokens, ...];
@@ -120,7 +120,9 @@ def prompt_embedding(
     position_ids = None if position_ids is None else position_ids.expand(batch, -1)
     inputs = input_ids, embedding_weight, prompt, prompt_ids, attention_mask, labels, position_ids, prompt_places
     implementation = backends.choose(OP, embedding_weight, backend).implementation
-    if implementation == "reference":
+    if implementation == "torch" and prompt_places is None:
+        return PromptedInputs(*prompt_in_front(*inputs[:-1]))
+    if implementation in ("reference", "torch"):  # other places: the reference gathers, in the embedding's dtype
         return prompt_embedding_reference(*inputs)
     embeds, mask, targets, positions = NAMESPACES[implementation].prompt_embedding(*inputs)
     return PromptedInputs(
