@@ -33,10 +33,20 @@ PYBIND11_MODULE(_caps, m) {
         [] {
             std::map<std::string, bool> result;
             for (int i = 0; i < kIsaCount; ++i)
-                result[isa_name(static_cast<Isa>(i))] = isa_supported(static_cast<Isa>(i));
+                result[isa_name(static_cast<Isa>(i))] =
+                    isa_supported(static_cast<Isa>(i)) && isa_built(static_cast<Isa>(i));
             return result;
         },
-        "Each instruction set level and whether this CPU has it.");
+        "Each instruction set level and whether it runs here: this CPU has it, and this build.");
+    m.def(
+        "built_isas",
+        [] {
+            std::vector<std::string> result;
+            for (int i = 0; i < kIsaCount; ++i)
+                if (isa_built(static_cast<Isa>(i))) result.emplace_back(isa_name(static_cast<Isa>(i)));
+            return result;
+        },
+        "The instruction set levels of this build, lowest first (PEFTKERN_LEVELS of CMakeLists.txt).");
     m.def(
         "nf4_codebook", [] { return std::vector<float>(kNf4Codebook, kNf4Codebook + 16); },
         "The 16 NF4 code values (QLoRA, arXiv 2305.14314, appendix E), ascending.");

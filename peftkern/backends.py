@@ -156,7 +156,7 @@ def _triton_problem(op: str, x: torch.Tensor) -> str | None:
 def _cuda_problem(op: str, x: torch.Tensor) -> str | None:
     """Why the CUDA kernels cannot run `op` on x; None if they can."""
     if not caps.cuda_archs():
-        return "is not part of this build, which found no nvcc"
+        return "is not part of this build (where no GPU is visible, cmake builds it with -DPEFTKERN_CUDA=ON)"
     if x.device.type != "cuda":
         return f"needs tensors on a CUDA device, got x on {x.device}"
     if x.dtype not in CUDA_DTYPES:

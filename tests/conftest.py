@@ -18,7 +18,7 @@ os.environ.setdefault("PEFTKERN_BNB", "0")
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An instruction set level, in force for the test."""
     if not caps.isas()[request.param]:
-        pytest.skip(f"this CPU lacks {request.param}")
+        pytest.skip(f"this {'CPU' if request.param in caps.built_isas() else 'build'} lacks {request.param}")
     monkeypatch.setenv("PEFTKERN_ISA", request.param)
     return request.param
 

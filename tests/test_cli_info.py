@@ -35,7 +35,7 @@ def test_text_says_the_same(capsys, monkeypatch):
     monkeypatch.setenv("PEFTKERN_ISA", "scalar")
     assert main(["info"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["instruction set"].strip().startswith("scalar (this CPU has: ")
+    assert lines["instruction set"].strip().startswith("scalar (here: ")
     assert lines["PEFTKERN_ISA"].strip() == "scalar"
 
 

@@ -26,10 +26,12 @@ def run_one() -> None:
 
 
 def test_levels_in_order() -> None:
-    """Each level needs the one below it; every CPU has the first."""
-    isas = caps.isas()
+    """Each level needs the one below it; every CPU has the first, and every build."""
+    isas, built = caps.isas(), caps.built_isas()
     assert set(isas) == set(LEVELS) and isas["scalar"]
-    assert [isas[level] for level in LEVELS] == sorted((isas[level] for level in LEVELS), reverse=True)
+    assert built == [level for level in LEVELS if level in built] and built[0] == "scalar"
+    assert [isas[level] for level in built] == sorted((isas[level] for level in built), reverse=True)
+    assert not any(isas[level] for level in LEVELS if level not in built)
 
 
 def test_a_level_runs(isa: str) -> None:
@@ -63,7 +65,7 @@ def test_an_unknown_level_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_level_that_the_cpu_lacks_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = [level for level in LEVELS if not caps.isas()[level]]
+    lacking = [level for level in caps.built_isas() if not caps.isas()[level]]
     if not lacking:
         pytest.skip("this CPU has every level")
     for level in lacking:
@@ -90,6 +92,35 @@ def test_a_level_in_a_new_process() -> None:
 def test_tile_counter_names_an_unknown_level() -> None:
     with pytest.raises(RuntimeError, match="cpu_tiles_run: unknown level sse9"):
         ops.cpu_tiles_run("sse9")
+
+
+SHOWS_THE_LEVEL = """
+#include <cstdio>
+#include "cpu/isa.h"
+int main() {
+    std::string error;
+    const peftkern::Isa isa = peftkern::current_isa(&error);
+    std::puts(error.empty() ? peftkern::isa_name(isa) : error.c_str());
+}"""
+
+
+def test_a_build_of_some_levels(compiler: str, tmp_path: Path) -> None:
+    """The best of the levels that are built, and an error that names them for one that is not."""
+    source, program = tmp_path / "level.cpp", tmp_path / "level"
+    source.write_text(SHOWS_THE_LEVEL)
+
+    def level_of(built: str, forced: str) -> str:
+        arguments = ["-std=c++17", f'-DPEFTKERN_LEVELS="{built}"', "-I", ROOT / "csrc", source]
+        subprocess.run([compiler, *arguments, ROOT / "csrc/cpu/isa.cpp", "-o", program], check=True)
+        environment = {**os.environ, "PEFTKERN_ISA": forced}
+        return subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not caps.isas()["avx2"]:
+        pytest.skip("needs a CPU of two levels, and a build of both")
+    assert level_of("scalar", "") == "scalar"
+    assert level_of("scalar,avx2", "") == "avx2"
+    assert level_of("scalar", "avx2") == "PEFTKERN_ISA must be one of this build's levels (scalar), got avx2"
+    assert level_of("scalar,avx2", "scalar") == "scalar"
 
 
 def flags_of(level: str) -> list[str]:

@@ -174,8 +174,10 @@ struct GemmKernels {
     void (*cross_entropy_backward)(const CrossEntropy* pass, int64_t row_begin, int64_t row_end);
 };
 
+// Weak: null where the level is not part of the build.
+#define PEFTKERN_KERNELS extern const __attribute__((weak))
 extern "C" {
-extern const GemmKernels peftkern_gemm_scalar, peftkern_gemm_avx2, peftkern_gemm_avx512, peftkern_gemm_avx512bf16;
+PEFTKERN_KERNELS GemmKernels peftkern_gemm_scalar, peftkern_gemm_avx2, peftkern_gemm_avx512, peftkern_gemm_avx512bf16;
 }
 
 }  // namespace peftkern

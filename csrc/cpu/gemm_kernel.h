@@ -172,7 +172,7 @@ template <class Dot, int R, int V>
 void multiply_columns(const Columns& w, const uint32_t* x, float* c) {
     Simd::F acc[R][V];
     load_tile<R, V>(c, acc);
-    Dot::template columns_of<V>(w, [&](int64_t word, int v, typename Dot::W value) {
+    Dot::template direct_columns_of<V>(w, [&](int64_t word, int v, typename Dot::W value) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
             acc[r][v] = Dot::dot(acc[r][v], Dot::broadcast(x + r * kPackedStride + word), value);
@@ -181,17 +181,41 @@ void multiply_columns(const Columns& w, const uint32_t* x, float* c) {
 }
 
 template <class Dot, int V, int R = V == 1 ? Simd::kNarrowRows : Simd::kRows>
-void multiply_few_rows(int64_t rows, const Columns& w, const uint32_t* x, float* c) {
+void multiply_columns_rows(int64_t rows, const Columns& w, const uint32_t* x, float* c) {
     if (rows == R) return multiply_columns<Dot, R, V>(w, x, c);
-    if constexpr (R > 1) multiply_few_rows<Dot, V, R - 1>(rows, w, x, c);
+    if constexpr (R > 1) multiply_columns_rows<Dot, V, R - 1>(rows, w, x, c);
+}
+
+// Calls use(integral constant V) for as many of the next columns as 4, 2 or 1 vectors take, until there are none: each
+// number of vectors costs 8 s of compiling a level, and 3 are as fast as 2 and 1.
+template <int V = Simd::kVectors, class Use>
+int64_t with_halved_vectors(int64_t columns, Use use) {
+    if constexpr (V > 1)
+        if (columns <= (V - 1) * Simd::kLanes) return with_halved_vectors<V / 2>(columns, use);
+    use(Constant<V>());
+    return V * Simd::kLanes;
+}
+
+// The accumulator += the packed rows of X @ `all` columns of W, up to `step` at a time.
+template <class Dot>
+void multiply_few_rows(int64_t rows, const Columns& all, int64_t step, const Workspace& workspace) {
+    for (int64_t n = 0; n < all.count;) {
+        const int64_t left = smaller(step, all.count - n);
+        n += with_halved_vectors(left, [&](auto vectors) {
+            constexpr int V = decltype(vectors)::value;
+            const Columns w = {all.c,     all.staged,    all.depth_begin,
+                               all.depth, all.begin + n, smaller(V * Simd::kLanes, left)};
+            multiply_columns_rows<Dot, V>(rows, w, workspace.rows, workspace.accumulator + n);
+        });
+    }
 }
 
 template <class Dot>
 void contract(const Contraction& c, const Tile& tile, const Workspace& workspace) {
     const int64_t rows = tile.m_end - tile.m_begin;
     // Beyond kRows only one vector of columns fits the registers, and rows of NF4 codes share their table among four.
-    const bool few_rows =
-        rows <= (c.weight_transposed ? Simd::kNarrowRows : Simd::kRows) && !c.weight_dropout.threshold;
+    const bool few_rows = rows <= (c.weight_transposed ? Simd::kNarrowRows : Simd::kRows) &&
+                          !c.weight_dropout.threshold && Dot::is_direct(c);
     const int64_t step = few_rows && rows > Simd::kRows ? Simd::kLanes : Simd::kVectors * Simd::kLanes;
     static_assert(kChunkWords * Dot::kDepth <= kStagedDepth, "a chunk fits the staging memory");
     StagedCodes staged = {workspace.staged_codes, workspace.staged_scales, 0, 0, 0};
@@ -203,12 +227,16 @@ void contract(const Contraction& c, const Tile& tile, const Workspace& workspace
             Dot::pack_row(c, tile.m_begin + m, k, depth, workspace.rows + m * kPackedStride);
         if (c.nf4 && !c.weight_transposed && aligned(*c.nf4))
             staged.fill(*c.nf4, k, depth, tile.n_begin, tile.n_end - tile.n_begin);
+        if (few_rows) {
+            multiply_few_rows<Dot>(rows, {c, staged, k, depth, tile.n_begin, tile.n_end - tile.n_begin}, step,
+                                   workspace);
+            continue;
+        }
         for (int64_t n = tile.n_begin; n < tile.n_end; n += step) {
             const Columns w = {c, staged, k, depth, n, smaller(step, tile.n_end - n)};
             float* accumulator = workspace.accumulator + (n - tile.n_begin);
             with_vectors(w.count, [&](auto vectors) {
                 constexpr int V = decltype(vectors)::value;
-                if (few_rows) return multiply_few_rows<Dot, V>(rows, w, workspace.rows, accumulator);
                 pack_stripe<Dot, V>(w, workspace.stripe);
                 if (in_place)
                     return multiply_rows_in_place<Dot, V>(rows, element_at(c.x, tile.m_begin, k),

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifndef PEFTKERN_LEVELS
+#error "CMakeLists.txt defines PEFTKERN_LEVELS, the levels of this build, such as \"scalar,avx512bf16\""
+#endif
+
 namespace peftkern {
 namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16"};
@@ -36,6 +40,11 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
+bool isa_built(Isa isa) {
+    static const std::string built = "," PEFTKERN_LEVELS ",";
+    return built.find(std::string(",") + isa_name(isa) + ",") != std::string::npos;
+}
+
 Isa current_isa(std::string* error) {
     error->clear();
     const char* forced = std::getenv("PEFTKERN_ISA");
@@ -44,6 +53,9 @@ Isa current_isa(std::string* error) {
             if (std::strcmp(forced, kNames[i]) != 0) continue;
             if (!isa_supported(static_cast<Isa>(i)))
                 *error = std::string("PEFTKERN_ISA names an instruction set that this CPU lacks, got ") + forced;
+            else if (!isa_built(static_cast<Isa>(i)))
+                *error =
+                    std::string("PEFTKERN_ISA must be one of this build's levels (" PEFTKERN_LEVELS "), got ") + forced;
             return static_cast<Isa>(i);
         }
         *error = std::string("PEFTKERN_ISA must be scalar, avx2, avx512 or avx512bf16, got ") + forced;
@@ -51,7 +63,7 @@ Isa current_isa(std::string* error) {
     }
     static const Isa best = [] {
         for (int i = kIsaCount - 1; i > 0; --i)
-            if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+            if (isa_supported(static_cast<Isa>(i)) && isa_built(static_cast<Isa>(i))) return static_cast<Isa>(i);
         return Isa::kScalar;
     }();
     return best;

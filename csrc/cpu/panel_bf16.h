@@ -43,7 +43,15 @@ struct Bf16Dot {
     template <int V, class Emit>
     static void columns_of(const Columns& w, Emit emit) {
         if (w.c.nf4 && !aligned(*w.c.nf4)) return nf4_unaligned<V>(w, emit);
-        if (w.c.nf4) return w.c.weight_transposed ? nf4_transposed<V>(w, emit) : nf4_rows<V>(w, emit);
+        if (w.c.nf4 && w.c.weight_transposed) return nf4_transposed<V>(w, emit);
+        direct_columns_of<V>(w, emit);
+    }
+
+    // As Fp32Dot's; few rows times transposed NF4 are Decode's.
+    static bool is_direct(const Contraction& c) { return !c.nf4 || (aligned(*c.nf4) && !c.weight_transposed); }
+    template <int V, class Emit>
+    static void direct_columns_of(const Columns& w, Emit emit) {
+        if (w.c.nf4) return nf4_rows<V>(w, emit);
         return w.c.weight_transposed ? dense_transposed<V>(w, emit) : dense_rows<V>(w, emit);
     }
 
@@ -131,6 +139,17 @@ struct Bf16Dot {
             }
     }
 
+    // words[j] lane i = elements 2j and 2j + 1 of row i, of up to 16 rows of up to 32 elements.
+    PEFTKERN_APART static void load_columns(const uint8_t* block, int64_t pitch, int64_t rows, int64_t count,
+                                            __m512i (&words)[16]) {
+        // 64 rows are more streams than the hardware prefetchers follow.
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(block + i * pitch + 128, 0, 2);
+        if (rows == 16 && count == 32) return Simd::transpose_words(block, pitch, words);
+        alignas(64) uint8_t padded[16][64] = {};
+        for (int64_t i = 0; i < rows; ++i) memcpy(padded[i], block + i * pitch, static_cast<size_t>(2 * count));
+        Simd::transpose_words(padded[0], sizeof padded[0], words);
+    }
+
     template <int V, class Emit>
     static void dense_transposed(const Columns& w, Emit emit) {
         const Matrix& matrix = w.c.weight;
@@ -138,18 +157,9 @@ struct Bf16Dot {
         for (int64_t k = 0; k < w.depth; k += 32)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
-                const int64_t count = smaller(32, w.depth - k), rows = smaller(16, w.count - v * 16);
-                const uint8_t* block = element_at(matrix, w.begin + v * 16, w.depth_begin + k);
-                // 64 rows are more streams than the hardware prefetchers follow.
-                for (int i = 0; i < 16; ++i) __builtin_prefetch(block + i * 2 * matrix.stride + 128, 0, 2);
-                if (rows == 16 && count == 32) {
-                    Simd::transpose_words(block, 2 * matrix.stride, words);
-                } else {
-                    alignas(64) uint8_t padded[16][64] = {};
-                    for (int64_t i = 0; i < rows; ++i)
-                        memcpy(padded[i], block + i * 2 * matrix.stride, static_cast<size_t>(2 * count));
-                    Simd::transpose_words(padded[0], sizeof padded[0], words);
-                }
+                const int64_t count = smaller(32, w.depth - k);
+                load_columns(element_at(matrix, w.begin + v * 16, w.depth_begin + k), 2 * matrix.stride,
+                             smaller(16, w.count - v * 16), count, words);
                 for (int64_t j = 0; j < divide_up(count, 2); ++j) emit(k / 2 + j, v, words[j]);
             }
     }

@@ -26,14 +26,11 @@ inline const uint8_t* element_at(const Matrix& matrix, int64_t row, int64_t colu
     return static_cast<const uint8_t*>(matrix.data) + (row * matrix.stride + column) * element_bytes(matrix.dtype);
 }
 
-// One vector of `count` elements in fp32, zeros behind them.
-inline Simd::F load_elements(const uint8_t* p, Dtype dtype, int64_t count) {
-    alignas(64) uint8_t padded[4 * Simd::kLanes];
-    if (count < Simd::kLanes) {
-        memset(padded, 0, sizeof padded);
-        memcpy(padded, p, static_cast<size_t>(count * element_bytes(dtype)));
-        p = padded;
-    }
+// Not inlined: what runs once for many products, and would be copied into every one of their loops (half of the time
+// of compiling this level, measured).
+#define PEFTKERN_APART __attribute__((noinline))
+
+inline Simd::F load_vector(const uint8_t* p, Dtype dtype) {
     switch (dtype) {
         case Dtype::kBFloat16:
             return Simd::from_bf16(reinterpret_cast<const uint16_t*>(p));
@@ -42,6 +39,17 @@ inline Simd::F load_elements(const uint8_t* p, Dtype dtype, int64_t count) {
         default:
             return Simd::load(reinterpret_cast<const float*>(p));
     }
+}
+
+PEFTKERN_APART inline Simd::F load_rest(const uint8_t* p, Dtype dtype, int64_t count) {
+    alignas(64) uint8_t padded[4 * Simd::kLanes] = {};
+    memcpy(padded, p, static_cast<size_t>(count * element_bytes(dtype)));
+    return load_vector(padded, dtype);
+}
+
+// One vector of `count` elements in fp32, zeros behind them.
+inline Simd::F load_elements(const uint8_t* p, Dtype dtype, int64_t count) {
+    return count < Simd::kLanes ? load_rest(p, dtype, count) : load_vector(p, dtype);
 }
 
 inline void store_elements(uint8_t* p, Dtype dtype, int64_t count, Simd::F value) {
@@ -61,7 +69,7 @@ inline void store_elements(uint8_t* p, Dtype dtype, int64_t count, Simd::F value
 }
 
 // out[j] lane c = word j of row c, for up to `lanes` rows, `pitch` bytes apart, of up to `lanes` words.
-inline void load_words(const uint8_t* p, int64_t pitch, int64_t rows, int64_t words, Simd::I* out) {
+PEFTKERN_APART inline void load_words(const uint8_t* p, int64_t pitch, int64_t rows, int64_t words, Simd::I* out) {
     constexpr int L = Simd::kLanes;
     if (rows >= L && words == L) return Simd::transpose_words(p, pitch, out);
     alignas(64) uint8_t padded[L][4 * L] = {};
@@ -82,7 +90,7 @@ struct Nf4Block {
     const float* scales_of(int64_t word) const { return scales[(8 * word) >> run_shift]; }
 
     // Lanes beyond `rows` have scale 0.
-    void load(const Nf4& q, int64_t row_begin, int64_t rows, int64_t column, int64_t depth) {
+    PEFTKERN_APART void load(const Nf4& q, int64_t row_begin, int64_t rows, int64_t column, int64_t depth) {
         const int64_t run = granule(q, kDepth), first = row_begin * q.columns + column;
         const int shift = block_shift(q);
         run_shift = __builtin_ctzll(static_cast<unsigned long long>(run));
@@ -143,7 +151,14 @@ struct Fp32Dot {
     // Calls emit(word, v, vector) for each word of depth of V vectors of W's columns, zeros beyond its count.
     template <int V, class Emit>
     static void columns_of(const Columns& w, Emit emit) {
-        if (w.c.nf4 && !aligned(*w.c.nf4)) return nf4_unaligned<V>(w, emit);
+        if (!is_direct(w.c)) return nf4_unaligned<V>(w, emit);
+        direct_columns_of<V>(w, emit);
+    }
+
+    // Whether columns may go straight to the products, with few rows; what is decoded one by one gains nothing by it.
+    static bool is_direct(const Contraction& c) { return !c.nf4 || aligned(*c.nf4); }
+    template <int V, class Emit>
+    static void direct_columns_of(const Columns& w, Emit emit) {
         if (w.c.nf4) return w.c.weight_transposed ? nf4_transposed<V>(w, emit) : nf4_rows<V>(w, emit);
         return w.c.weight_transposed ? dense_transposed<V>(w, emit) : dense_rows<V>(w, emit);
     }
@@ -162,6 +177,15 @@ struct Fp32Dot {
             }
     }
 
+    // words[j] lane i = element depth_begin + j of row `begin` + i.
+    PEFTKERN_APART static void load_columns(const Matrix& matrix, int64_t begin, int64_t count, int64_t depth_begin,
+                                            int64_t depth, Simd::I (&words)[L]) {
+        alignas(64) float block[L][L] = {};
+        for (int64_t i = 0; i < count; ++i)
+            Simd::store(block[i], load_elements(element_at(matrix, begin + i, depth_begin), matrix.dtype, depth));
+        Simd::transpose_words(reinterpret_cast<const uint8_t*>(block), sizeof block[0], words);
+    }
+
     template <int V, class Emit>
     static void dense_transposed(const Columns& w, Emit emit) {
         const Matrix& matrix = w.c.weight;
@@ -169,12 +193,8 @@ struct Fp32Dot {
         for (int64_t k = 0; k < w.depth; k += L)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
-                alignas(64) float block[L][L] = {};
-                for (int64_t i = 0; i < smaller(L, w.count - v * L); ++i) {
-                    const uint8_t* p = element_at(matrix, w.begin + v * L + i, w.depth_begin + k);
-                    Simd::store(block[i], load_elements(p, matrix.dtype, w.depth - k));
-                }
-                Simd::transpose_words(reinterpret_cast<const uint8_t*>(block), sizeof block[0], words);
+                load_columns(matrix, w.begin + v * L, smaller(L, w.count - v * L), w.depth_begin + k, w.depth - k,
+                             words);
                 for (int64_t j = 0; j < smaller(L, w.depth - k); ++j) emit(k + j, v, Simd::as_floats(words[j]));
             }
     }

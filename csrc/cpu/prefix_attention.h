@@ -71,7 +71,7 @@ struct PrefixKernels {
 };
 
 extern "C" {
-extern const PrefixKernels peftkern_prefix_scalar, peftkern_prefix_avx2, peftkern_prefix_avx512,
+PEFTKERN_KERNELS PrefixKernels peftkern_prefix_scalar, peftkern_prefix_avx2, peftkern_prefix_avx512,
     peftkern_prefix_avx512bf16;
 }
 

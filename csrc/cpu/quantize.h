@@ -44,7 +44,7 @@ struct QuantizeKernels {
 };
 
 extern "C" {
-extern const QuantizeKernels peftkern_quantize_scalar, peftkern_quantize_avx2, peftkern_quantize_avx512;
+PEFTKERN_KERNELS QuantizeKernels peftkern_quantize_scalar, peftkern_quantize_avx2, peftkern_quantize_avx512;
 }
 
 }  // namespace peftkern

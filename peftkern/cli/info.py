@@ -98,7 +98,7 @@ def collect() -> dict[str, Any]:
 def _lines(found: dict[str, Any]) -> list[str]:
     levels = ", ".join(name for name, has in found["isa_levels"].items() if has)
     rows = [
-        ("instruction set", f"{found['isa']} (this CPU has: {levels})"),
+        ("instruction set", f"{found['isa']} (here: {levels})"),
         ("threads", f"{found['threads']} of {found['cpus']} CPUs, {found['machine']}"),
         ("ops run on", f"backend {found['backend']}"),
         *((f"backend {name}", state) for name, state in found["backends"].items()),
