@@ -18,6 +18,7 @@ from linear_cases import (
     linear_inputs,
     only_level,
     random_nf4,
+    relative_error,
 )
 from torch import Tensor
 
@@ -116,6 +117,34 @@ def test_a_scale_of_zero(isa: str, dtype: torch.dtype, scale_input: bool, seed: 
     check(inputs)
     inputs["scale"].zero_()
     check({**inputs, "bias": None})
+
+
+# Of x, y's gradient and the scale, such that no result but y is below what its dtype holds.
+@pytest.mark.parametrize(("size", "grad_size", "tiny"), [(1, 1, 2e-8), (1, 1, -6e-5), (1, 1, 0.06), (1e4, 1e-3, 1e-6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tiny_scale(isa: str, dtype: torch.dtype, size: float, grad_size: float, tiny: float, seed: int) -> None:
+    """Rounded to its dtype y is 0 or coarse, and what it scaled may exceed fp16; yet the scale's gradient is right."""
+    for columns in (1, OUT):
+        inputs = small(dtype=dtype)
+        inputs["x"] = size * inputs["x"]
+        inputs["scale"][:columns] = tiny
+        check_scale(inputs, (grad_size * torch.randn(5, OUT)).to(dtype))
+
+
+def test_the_smallest_scale(isa: str, seed: int) -> None:
+    inputs = small(dtype=torch.bfloat16)
+    for tiny in (1e-30, 1e-38, 1e-44):
+        inputs["scale"].fill_(tiny)
+        check_scale(inputs, torch.randn(5, OUT).bfloat16())
+
+
+def check_scale(inputs: dict[str, Any], grad_y: Tensor) -> None:
+    names = ["scale"]
+    actual = gradients(native, inputs, grad_y, names)["scale"]
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    wide["weight"] = inputs["weight"].dequantize(torch.float64)
+    exact = gradients(ia3_linear_reference, wide, grad_y.double(), names)["scale"]
+    assert relative_error(actual, exact) < 2 * torch.finfo(grad_y.dtype).eps + 1e-5
 
 
 def test_ones_change_nothing(isa: str, seed: int) -> None:

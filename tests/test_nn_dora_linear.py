@@ -146,7 +146,10 @@ def test_norms_are_computed_when_a_factor_changed(refreshes, seed):
     assert len(refreshes) == 1
     for change in (
         lambda: torch.optim.AdamW([a, b], lr=0.1).step(),
-        lambda: b.data.add_(0.1),  # no version counts this
+        lambda: b.data.add_(0.1),  # no version counts these
+        lambda: b.data.fill_(0.5),
+        lambda: b.data.neg_(),
+        lambda: a.data.copy_(a.data.flip(0)),
         lambda: layer.scaling.update(default=3.0),
         lambda: layer.load_state_dict({**layer.state_dict(), "lora_A.default.weight": torch.randn_like(a)}),
         lambda: setattr(a, "data", torch.randn_like(a)),
@@ -155,18 +158,91 @@ def test_norms_are_computed_when_a_factor_changed(refreshes, seed):
         change()
         y = layer(x)
         assert len(refreshes) == before + 1
-        expected = copy.deepcopy(layer)
-        expected._norms.clear()
-        assert torch.equal(y, expected(x))
+        assert torch.equal(y, without_memory(layer)(x))
 
 
-def test_the_base_s_norms_follow_a_new_base_weight(seed):
+def without_memory(layer: DoRALinear) -> DoRALinear:
+    """The same numbers in a layer that has computed nothing yet."""
+    fresh = copy.deepcopy(layer)
+    fresh._forget()
+    return fresh
+
+
+@torch.no_grad()
+def other_scales(layer: NF4Linear) -> None:
+    absmax = layer.nf4.absmax
+    absmax.copy_(absmax.flip(0))
+
+
+def replace_scales(layer: NF4Linear) -> None:
+    layer.absmax = layer.absmax.flip(0)
+
+
+def take_another_s(layer: nn.Module) -> None:
+    other = make_base("nf4" if isinstance(layer, NF4Linear) else "dense")
+    layer.load_state_dict(other.state_dict())
+
+
+BASE_CHANGES = {
+    "state dict": (BASES, take_another_s),
+    "in place": (("dense",), lambda base: nn.init.normal_(base.weight)),
+    "signs by .data": (("dense",), lambda base: base.weight.data.neg_()),
+    ".data +=": (("dense",), lambda base: base.weight.data.add_(0.1)),
+    "another .data": (("dense",), lambda base: setattr(base.weight, "data", torch.randn(OUT, IN))),
+    "another parameter": (("dense",), lambda base: setattr(base, "weight", nn.Parameter(torch.randn(OUT, IN), False))),
+    "absmax in place": (("nf4",), other_scales),
+    "another absmax": (("nf4",), replace_scales),
+    "codes by .data": (("nf4",), lambda base: base.weight.data.copy_(base.weight.data.flip(0))),
+}
+
+
+@pytest.mark.parametrize("detach_norm", [True, False], ids=["constant norm", "full gradient"])
+@pytest.mark.parametrize(
+    ("kind", "change"), [pytest.param(k, c, id=f"{k}, {n}") for n, (ks, c) in BASE_CHANGES.items() for k in ks]
+)
+def test_the_base_s_norms_follow_its_weight(kind, change, detach_norm, seed):
+    layer, x = make(kind, detach_norm=detach_norm), torch.randn(3, IN)
+    before = layer(x)
+    change(layer.base_layer)
+    y = layer(x)
+    assert not torch.allclose(y, before)
+    assert torch.equal(y, without_memory(layer)(x))
+
+
+def test_the_base_s_norms_follow_the_layer_s_state_dict(seed):
     layer, x = make(), torch.randn(3, IN)
     layer(x)
     layer.load_state_dict({**layer.state_dict(), "base_layer.weight": torch.randn(OUT, IN)})
     fresh = DoRALinear(make_base("dense"))
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), fresh(x))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_compiled_layer_follows_its_base(kind, seed):
+    layer, x = make(kind), torch.randn(3, IN)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    take_another_s(layer.base_layer)
+    assert_near(compiled(x), without_memory(layer)(x))
+
+
+def test_training_after_inference_mode(seed):
+    layer, x = make(), torch.randn(3, IN)
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+def test_a_layer_made_in_inference_mode(seed):
+    with torch.inference_mode():
+        layer, x = make(), torch.randn(3, IN)
+        layer(x)
+        layer.factors("default")[1].fill_(0.5)
+        layer.base_layer.weight.mul_(2)
+        assert torch.equal(layer(x), without_memory(layer)(x))
 
 
 def test_full_gradient(seed):

@@ -33,7 +33,7 @@ Activation activation_of(const char* op, const std::string& name) {
     const char* const names[] = {"relu", "gelu", "gelu_tanh", "silu", "tanh"};
     for (int i = 0; i < 5; ++i)
         if (name == names[i]) return static_cast<Activation>(i);
-    STD_TORCH_CHECK(false, op, ": activation must be relu, gelu, gelu_tanh, silu or tanh, got ", name);
+    PEFTKERN_CHECK(false, op, ": activation must be relu, gelu, gelu_tanh, silu or tanh, got ", name);
 }
 
 // What the small matrices are rounded to before they meet a weight: bf16 where x and the weight are bf16.
@@ -129,6 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward(
     const Activation function = activation_of(op, activation);
     check_shape(op, "grad_y", grad_y, dy.rows == rows.rows && dy.columns == rows.columns, "as x");
     check_dtype(op, "z", z, z.scalar_type() == ScalarType::Float, "fp32");
+    bias_of(op, down_bias, weights.size);  // for its checks: a gradient is written in its dtype and size
+    bias_of(op, up_bias, rows.columns);
     check_shape(op, "z", z, wide_z.rows == dy.rows && wide_z.columns == weights.size, "[rows, bottleneck]");
     z = torch::stable::contiguous(z);
     const auto scale = static_cast<float>(scaling);

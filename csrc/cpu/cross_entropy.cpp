@@ -33,8 +33,8 @@ struct Arguments {
         pass.ignored = ignore_index;
         for (int64_t row = 0; row < logits.rows; ++row) {
             const int64_t at = pass.targets[row];
-            STD_TORCH_CHECK(at == ignore_index || (at >= 0 && at < logits.columns), op, ": target must be from 0 to ",
-                            logits.columns - 1, " or ", ignore_index, ", got ", at);
+            PEFTKERN_CHECK(at == ignore_index || (at >= 0 && at < logits.columns), op, ": target must be from 0 to ",
+                           logits.columns - 1, " or ", ignore_index, ", got ", at);
         }
     }
 };

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,7 @@ using torch::headeronly::ScalarType;
 const GemmKernels* const kLevels[kIsaCount] = {&peftkern_gemm_scalar, &peftkern_gemm_avx2, &peftkern_gemm_avx512,
                                                &peftkern_gemm_avx512bf16};
 std::atomic<int64_t> tiles_run[kIsaCount];
+constexpr int64_t kWorkspacePage = 4096;
 
 int64_t divide_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -58,46 +60,50 @@ int64_t row_stride(const Tensor& t) {
 }
 
 Tensor matching(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t numel) {
-    STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+    PEFTKERN_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
     check_part(op, name, tensor, type, numel);
     return torch::stable::contiguous(tensor);
 }
 
-// Memory of this thread for one tile; grows, and lives as long as the thread.
+// Memory of this thread for one tile; grows, and lives as long as the thread. Null if there is none.
 void* workspace(size_t bytes) {
     thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
     thread_local size_t size = 0;
     if (size < bytes) {
-        size = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 4096));
-        memory.reset(std::aligned_alloc(4096, size));
+        size = 0;
+        memory.reset();
+        memory.reset(std::aligned_alloc(kWorkspacePage, bytes));
+        if (memory) size = bytes;
     }
     return memory.get();
 }
 
-// Fewer rows of a tile than this pay too much for packing the weight. Much fewer would also take the kernel for few
-// rows, whose last bits differ, and the bits must not depend on the number of threads.
+// Fewer rows of a tile than this pay too much for packing the weight. Tiles differ by a step and the last may lack some
+// rows, so that each has at least 25: 24 or fewer would take the kernel for few rows, whose last bits differ, and the
+// bits must not depend on the number of threads.
 constexpr int64_t kLeastSharedRows = 32;
 
-int64_t rows_of_tiles(int64_t m, int64_t tiles) {
-    return round_up(divide_up(m, tiles), kTileRowStep);
+// Where part i of `parts` begins, in whole steps: no two parts differ by more than one.
+int64_t part_begin(int64_t size, int64_t step, int64_t parts, int64_t i) {
+    return std::min(size, divide_up(size, step) * i / parts * step);
 }
 
 std::vector<Tile> tiles_of(const Gemm& gemm, int64_t threads) {
+    const int64_t most_columns = divide_up(gemm.n, kTileColumnStep);
     int64_t row_tiles = divide_up(gemm.m, kTileRows);
     // Where the columns are too few to share: rows, as long as a thread gets enough of them.
-    if (row_tiles * divide_up(gemm.n, kTileColumnStep) < threads) {
-        int64_t more = std::min(threads, gemm.m / kLeastSharedRows);
-        while (more > row_tiles && gemm.m % rows_of_tiles(gemm.m, more) % kLeastSharedRows) --more;
-        row_tiles = std::max(row_tiles, more);
-    }
-    const int64_t rows = rows_of_tiles(gemm.m, row_tiles);
-    int64_t column_tiles = divide_up(gemm.n, kTileColumns);
-    if (row_tiles % threads) column_tiles = round_up(column_tiles, threads);
-    const int64_t columns = round_up(divide_up(gemm.n, column_tiles), kTileColumnStep);
+    if (row_tiles * most_columns < threads)
+        row_tiles = std::max(row_tiles, std::min(threads, gemm.m / kLeastSharedRows));
+    // As many columns' tiles as give every thread the same number.
+    const int64_t fair = round_up(divide_up(gemm.n, kTileColumns), threads / std::gcd(row_tiles, threads));
+    const int64_t column_tiles = std::min(most_columns, fair);
     std::vector<Tile> tiles;
-    for (int64_t m = 0; m < gemm.m; m += rows)
-        for (int64_t n = 0; n < gemm.n; n += columns)
-            tiles.push_back({m, std::min(m + rows, gemm.m), n, std::min(n + columns, gemm.n)});
+    for (int64_t i = 0; i < row_tiles; ++i)
+        for (int64_t j = 0; j < column_tiles; ++j)
+            tiles.push_back({part_begin(gemm.m, kTileRowStep, row_tiles, i),
+                             part_begin(gemm.m, kTileRowStep, row_tiles, i + 1),
+                             part_begin(gemm.n, kTileColumnStep, column_tiles, j),
+                             part_begin(gemm.n, kTileColumnStep, column_tiles, j + 1)});
     return tiles;
 }
 
@@ -110,7 +116,7 @@ static_assert(kPassColumns <= kTileColumns && kPassColumns % kTileColumnStep == 
 const GemmKernels& level_in_use(const char* op) {
     std::string error;
     const Isa isa = current_isa(&error);
-    STD_TORCH_CHECK(error.empty(), op, ": ", error);
+    PEFTKERN_CHECK(error.empty(), op, ": ", error);
     return *kLevels[static_cast<int>(isa)];
 }
 
@@ -169,11 +175,11 @@ Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& abs
         return w;
     }
     check_block_size(op, block_size);
-    STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is missing");
+    PEFTKERN_CHECK(absmax.has_value(), op, ": absmax is missing");
     const int64_t numel = out_features * in_features, blocks = divide_up(numel, block_size);
     const bool nested = nested_absmax.has_value();
-    STD_TORCH_CHECK(nested_quant_map.has_value() == nested && offset.has_value() == nested, op,
-                    ": nested_absmax, nested_quant_map and offset must be given together");
+    PEFTKERN_CHECK(nested_quant_map.has_value() == nested && offset.has_value() == nested, op,
+                   ": nested_absmax, nested_quant_map and offset must be given together");
     w.is_nf4 = true;
     w.codes = matching(op, "codes", weight, ScalarType::Byte, divide_up(numel, 2));
     w.absmax = matching(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
@@ -190,7 +196,7 @@ Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& abs
 }
 
 Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
-    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be from 0 to 1, got ", dropout_p);
+    PEFTKERN_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be from 0 to 1, got ", dropout_p);
     if (!seed.has_value()) return {0, 0, 1.0f, nullptr};
     const Tensor value = matching(op, "seed", *seed, ScalarType::Long, 1);
     const auto dropped = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
@@ -245,18 +251,22 @@ void run(const char* op, const std::vector<Gemm>& gemms) {
     };
     std::vector<Part> parts;
     size_t bytes = 0;
+    const int64_t threads = torch::stable::get_num_threads();
     for (const Gemm& gemm : gemms) {
         if (gemm.m == 0 || gemm.n == 0) continue;
-        for (const Tile& tile : tiles_of(gemm, torch::stable::get_num_threads())) parts.push_back({&gemm, tile});
+        for (const Tile& tile : tiles_of(gemm, threads)) parts.push_back({&gemm, tile});
         bytes = std::max(bytes, kernels.workspace_bytes(&gemm));
     }
-    torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+    bytes = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), kWorkspacePage));
+    // Tiles of several gemms take different times: whichever thread is free takes the next.
+    std::atomic<size_t> next{0};
+    const int64_t workers = std::min<int64_t>(threads, static_cast<int64_t>(parts.size()));
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
         void* memory = workspace(bytes);
-        for (int64_t i = begin; i < end; ++i) {
-            const Part& part = parts[static_cast<size_t>(i)];
-            kernels.run(part.gemm, &part.tile, memory);
-        }
+        if (!memory) return;
+        for (size_t i = next++; i < parts.size(); i = next++) kernels.run(parts[i].gemm, &parts[i].tile, memory);
     });
+    PEFTKERN_CHECK(next >= parts.size(), op, ": no memory for a workspace of ", bytes, " bytes");
     count_tiles(kernels, static_cast<int64_t>(parts.size()));
 }
 
@@ -331,7 +341,7 @@ Tensor empty_fp32(const Tensor& like, int64_t rows, int64_t columns) {
 int64_t cpu_tiles_run(std::string isa) {
     for (int i = 0; i < kIsaCount; ++i)
         if (isa == isa_name(static_cast<Isa>(i))) return tiles_run[i];
-    STD_TORCH_CHECK(false, "cpu_tiles_run: unknown level ", isa);
+    PEFTKERN_CHECK(false, "cpu_tiles_run: unknown level ", isa);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {

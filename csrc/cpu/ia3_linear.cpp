@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -25,6 +26,13 @@ Rows scaled_rows(const char* op, const Rows& x, const Tensor& scale, Tensor& mem
         op, {x.matrix, {}, scale.const_data_ptr<float>(), 0, memory.mutable_data_ptr(), x.columns, nullptr, x.rows},
         x.columns);
     return rows_of(op, "x", memory);
+}
+
+// Below this a scale may leave y among the subnormal numbers of its dtype, which are rounded more coarsely: fp16 has
+// 2^-25 of them, 2^-21 of what was scaled, so that its rounding counts from 2^-10 on, as it should. In fp32 and bf16
+// the sum of y's products would be next.
+float least_divisor(Dtype y) {
+    return y == Dtype::kFloat16 ? 0x1p-4f : 0x1p-40f;
 }
 
 }  // namespace
@@ -97,18 +105,19 @@ std::tuple<Tensor, Tensor> ia3_linear_backward(Tensor grad_y, Tensor x, Optional
         return {grad_x, grad_scale};
     }
 
-    // y / scale is what was scaled, unless the scale is 0: then it is computed again.
+    // y / scale is what was scaled, unless a scale is so small that y cannot tell: then it is computed again, in fp32,
+    // since what makes a y that x's dtype can hold may be too large for it.
     bool divide = true;
-    for (int64_t j = 0; j < size; ++j) divide = divide && scale_data[j] != 0;
+    for (int64_t j = 0; j < size; ++j) divide = divide && std::fabs(scale_data[j]) >= least_divisor(dy.matrix.dtype);
     Tensor unscaled;
     Rows saved = dy;
     if (need_scale && divide) {
-        STD_TORCH_CHECK(y.has_value(), op, ": y is missing");
+        PEFTKERN_CHECK(y.has_value(), op, ": y is missing");
         saved = rows_of(op, "y", *y);
         check_shape(op, "y", *y, saved.rows == dy.rows && saved.columns == size, "grad_y's");
     } else if (need_scale) {
         const Tensor wide_bias = bias_of(op, bias, size);
-        unscaled = empty_with_columns(grad_y, size);
+        unscaled = empty_fp32(dy.tensor, dy.rows, size);
         Gemm gemm = gemm_into(unscaled, dy.rows, size);
         add(gemm, times_transposed(rows.matrix, base));
         if (wide_bias.defined()) gemm.bias = wide_bias.const_data_ptr<float>();

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
+#include <vector>
 
 #include "common/check.h"
 
@@ -141,17 +142,23 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     const auto s = static_cast<float>(scaling);
     const Tensor nothing = torch::stable::new_empty(grad_y, {0});
 
-    const Tensor dh = need_x || need_a ? grad_h_of(op, dy, adapter, s) : nothing;
+    Tensor dh = need_x || need_a ? empty_fp32(dy.tensor, dy.rows, adapter.rank) : nothing;
     Tensor grad_x = need_x ? torch::stable::new_empty(x, x.sizes(), grad_y.scalar_type()) : nothing;
+    Tensor grad_a = need_a ? torch::stable::new_empty(lora_a, lora_a.sizes()) : torch::stable::new_empty(lora_a, {0});
+    Tensor grad_b = need_b ? torch::stable::new_empty(lora_b, lora_b.sizes()) : torch::stable::new_empty(lora_b, {0});
+    std::vector<Gemm> first, second;  // those that read dh wait for it
+    if (need_x || need_a) first.push_back(grad_h_product(dy, adapter.b, s, dh));
+    if (need_b) first.push_back(grad_b_product(dy, low_rank, s, nullptr, grad_b));
     if (need_x) {
         Gemm gemm = gemm_into(grad_x, dy.rows, rows.columns);
         add(gemm, times(rows_of(op, "grad_h", dh).matrix, adapter.a.matrix, adapter.rank));
         gemm.contractions[0].result_dropout = dropout;
         add(gemm, times(dy.matrix, base));
-        run(op, gemm);
+        second.push_back(gemm);
     }
-    Tensor grad_a = need_a ? grad_a_of(op, dh, rows, lora_a, dropout) : torch::stable::new_empty(lora_a, {0});
-    Tensor grad_b = need_b ? grad_b_of(op, dy, low_rank, lora_b, s) : torch::stable::new_empty(lora_b, {0});
+    if (need_a) second.push_back(grad_a_product(rows_of(op, "grad_h", dh), rows, dropout, grad_a));
+    run(op, first);
+    run(op, second);
     return {grad_x, grad_a, grad_b};
 }
 

@@ -19,10 +19,10 @@ struct Mlp {
 };
 
 Mlp mlp_of(const char* op, const ProjectionLists& lists, int64_t in_features) {
-    STD_TORCH_CHECK(lists.out_features.size() == 3, op, ": out_features must have 3 entries");
+    PEFTKERN_CHECK(lists.out_features.size() == 3, op, ": out_features must have 3 entries");
     const int64_t middle = lists.out_features[0];
-    STD_TORCH_CHECK(lists.out_features[1] == middle, op, ": gate and up must have the same out_features, got ", middle,
-                    " and ", lists.out_features[1]);
+    PEFTKERN_CHECK(lists.out_features[1] == middle, op, ": gate and up must have the same out_features, got ", middle,
+                   " and ", lists.out_features[1]);
     Projections all = projections_of(op, lists, {in_features, in_features, middle});
     const Projection down = all.back();
     all.pop_back();
@@ -32,7 +32,7 @@ Mlp mlp_of(const char* op, const ProjectionLists& lists, int64_t in_features) {
 Activation activation_of(const char* op, const std::string& name) {
     if (name == "silu") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;
-    STD_TORCH_CHECK(name == "gelu_tanh", op, ": activation must be silu, gelu or gelu_tanh, got ", name);
+    PEFTKERN_CHECK(name == "gelu_tanh", op, ": activation must be silu, gelu or gelu_tanh, got ", name);
     return Activation::kGeluTanh;
 }
 
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_mlp(const Tensor& x, const Tenso
     const Mlp mlp = mlp_of(
         op, {weights, scales, scale_counts, block_sizes, out_features, lora_as, lora_bs, scalings, dropout_p, seeds},
         rows.columns);
-    STD_TORCH_CHECK(biases.size() == 3, op, ": biases must have 3 entries, got ", biases.size());
+    PEFTKERN_CHECK(biases.size() == 3, op, ": biases must have 3 entries, got ", biases.size());
     const Activation act = activation_of(op, activation);
 
     const Tensor h = empty_fp32(x, rows.rows, total_rank(mlp.inner) + mlp.down.adapter.rank);

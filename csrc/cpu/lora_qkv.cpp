@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kStackedRows = 32;
 
 void check_count(const char* op, const char* name, size_t count, size_t wanted) {
-    STD_TORCH_CHECK(count == wanted, op, ": ", name, " must have ", wanted, " entries, got ", count);
+    PEFTKERN_CHECK(count == wanted, op, ": ", name, " must have ", wanted, " entries, got ", count);
 }
 
 // Rows or columns `begin` to `begin + count`.
@@ -69,7 +69,7 @@ void run_sum(const char* op, const std::vector<Contraction>& terms, const Tensor
 
 Projections projections_of(const char* op, const ProjectionLists& lists, const Integers& in_features) {
     const size_t count = in_features.size();
-    STD_TORCH_CHECK(count > 0, op, ": weights must have at least one entry");
+    PEFTKERN_CHECK(count > 0, op, ": weights must have at least one entry");
     check_count(op, "weights", lists.weights.size(), count);
     check_count(op, "scale_counts", lists.scale_counts.size(), count);
     check_count(op, "block_sizes", lists.block_sizes.size(), count);
@@ -85,7 +85,7 @@ Projections projections_of(const char* op, const ProjectionLists& lists, const I
     for (size_t i = 0; i < count; ++i) {
         OptionalTensor scales[4];
         for (int64_t k = 0; k < lists.scale_counts[i]; ++k) {
-            STD_TORCH_CHECK(k < 4 && scale < lists.scales.size(), op, ": scale_counts do not fit scales");
+            PEFTKERN_CHECK(k < 4 && scale < lists.scales.size(), op, ": scale_counts do not fit scales");
             scales[k] = lists.scales[scale++];
         }
         Weight base = weight_of(op, lists.weights[i], scales[0], scales[1], scales[2], scales[3], lists.block_sizes[i],

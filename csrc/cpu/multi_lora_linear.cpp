@@ -47,7 +47,7 @@ struct Batch {
 };
 
 void check_count(const char* op, const char* name, size_t count, size_t wanted) {
-    STD_TORCH_CHECK(count == wanted, op, ": ", name, " must have ", wanted, " entries, got ", count);
+    PEFTKERN_CHECK(count == wanted, op, ": ", name, " must have ", wanted, " entries, got ", count);
 }
 
 // Sorts the rows by counting; an index stands for as many rows as come to each.
@@ -65,8 +65,8 @@ void sort_rows(const char* op, const Tensor& indices, int64_t rows, Batch& batch
         return next[static_cast<size_t>(index[i] < 0 ? adapters : index[i])];
     };
     for (int64_t i = 0; i < count; ++i) {
-        STD_TORCH_CHECK(index[i] >= -1 && index[i] < adapters, op, ": indices must be from -1 to ", adapters - 1,
-                        ", got ", index[i]);
+        PEFTKERN_CHECK(index[i] >= -1 && index[i] < adapters, op, ": indices must be from -1 to ", adapters - 1,
+                       ", got ", index[i]);
         place(i) += repeats;
     }
     int64_t begin = 0;

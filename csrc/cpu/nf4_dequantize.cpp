@@ -17,7 +17,7 @@ constexpr const char* kOp = "nf4_dequantize";
 int64_t product(const std::vector<int64_t>& shape) {
     int64_t result = 1;
     for (int64_t size : shape) {
-        STD_TORCH_CHECK(size >= 0, kOp, ": shape must not be negative, got ", size);
+        PEFTKERN_CHECK(size >= 0, kOp, ": shape must not be negative, got ", size);
         result *= size;
     }
     return result;

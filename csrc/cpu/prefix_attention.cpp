@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <string>
@@ -46,6 +47,10 @@ Tensor checked(const char* op, const char* name, const Tensor& t, int64_t dim, c
     check_dtype(op, name, t, floating, "fp32, bf16 or fp16");
     check_shape(op, name, t, t.dim() == dim, shape);
     return dense(t);
+}
+
+bool same_sizes(const Tensor& a, const Tensor& b) {
+    return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
 }
 
 // [batch, heads, rows, columns] laid out as [batch, rows, heads, columns], like torch's flash attention.
@@ -174,12 +179,16 @@ void run(const char* op, const PrefixAttention& pass, int64_t items,
     const int64_t products = pass.batch * pass.kv_heads * prefix_rows(pass) * (pass.prefix_length + pass.keys) *
                              pass.head_dim / std::max<int64_t>(1, items);
     const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
+    std::atomic<bool> no_memory{false};
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
         constexpr std::align_val_t kAlignment{64};
         const auto free = [](void* p) { ::operator delete(p, kAlignment); };
-        const std::unique_ptr<void, decltype(free)> memory(::operator new(bytes, kAlignment), free);
-        for (int64_t i = begin; i < end; ++i) (kernels.*kernel)(&pass, i, memory.get());
+        const std::unique_ptr<void, decltype(free)> memory(::operator new(bytes, kAlignment, std::nothrow), free);
+        // What parallel_for makes of an exception does not say how much memory.
+        if (!memory) no_memory = true;
+        for (int64_t i = begin; memory && i < end; ++i) (kernels.*kernel)(&pass, i, memory.get());
     });
+    PEFTKERN_CHECK(!no_memory, op, ": no memory for a workspace of ", bytes, " bytes");
 }
 
 // Adds up the chunks of grad_prefix, `part` 0 for keys and 1 for values, and rounds.
@@ -230,8 +239,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(Ten
                                                                              bool need_tokens, bool need_prefix) {
     const char* op = "prefix_attention_backward";
     const Arguments a(op, query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale);
-    const Tensor dy = checked(op, "grad_out", grad_out, 4, "of out"), y = checked(op, "out", out, 4, "of query");
-    check_shape(op, "lse", lse, lse.dim() == 3, "[batch, heads, queries]");
+    const Tensor dy = checked(op, "grad_out", grad_out, 4, "of query"), y = checked(op, "out", out, 4, "of query");
+    for (const Tensor* t : {&dy, &y})
+        check_dtype(op, "grad_out and out", *t, t->scalar_type() == a.query.scalar_type(), "of query's dtype");
+    check_shape(op, "grad_out", dy, same_sizes(dy, a.query), "of query");
+    check_shape(op, "out", y, same_sizes(y, a.query), "of query");
+    check_dtype(op, "lse", lse, lse.scalar_type() == ScalarType::Float, "fp32");
+    const bool per_query =
+        lse.dim() == 3 && lse.size(0) == a.batch && lse.size(1) == a.heads && lse.size(2) == a.queries;
+    check_shape(op, "lse", lse, per_query, "[batch, heads, queries]");
     PrefixAttention pass = a.pass();
 
     const auto grad_tokens = [&](const Tensor& like, int64_t heads, int64_t rows, Heads& of) {

@@ -40,6 +40,10 @@ struct Sources {
 Sources sources_of(const char* op, const Tensor& input_ids, int64_t vocabulary, const OptionalTensor& prompt_ids,
                    const OptionalTensor& prompt_places, int64_t prompts, int64_t rows) {
     const Tensor ids = integers_of(op, "input_ids", input_ids, input_ids.dim() == 2, "[batch, tokens]");
+    PEFTKERN_CHECK(vocabulary >= 0 && prompts >= 0, op, ": there must be no fewer than 0 embeddings and prompts, got ",
+                   vocabulary, " and ", prompts);
+    PEFTKERN_CHECK(prompt_ids.has_value() || prompts == 1, op, ": without prompt_ids there must be 1 prompt, got ",
+                   prompts);
     Sources sources{ids.size(0), ids.size(1), rows + ids.size(1), {}};
     const int64_t *chosen = nullptr, *places = nullptr;
     Tensor kept_prompt_ids, kept_places;
@@ -61,18 +65,18 @@ Sources sources_of(const char* op, const Tensor& input_ids, int64_t vocabulary, 
     sources.of_row.reserve(static_cast<size_t>(sources.batch * sources.length));
     for (int64_t b = 0; b < sources.batch; ++b) {
         const int64_t prompt = chosen ? chosen[b] : 0;
-        STD_TORCH_CHECK(!chosen || (prompt >= 0 && prompt < prompts), op, ": prompt_ids must be from 0 to ",
-                        prompts - 1, ", got ", prompt);
+        PEFTKERN_CHECK(!chosen || (prompt >= 0 && prompt < prompts), op, ": prompt_ids must be from 0 to ", prompts - 1,
+                       ", got ", prompt);
         int64_t row = 0, token = 0;
         for (int64_t at = 0; at < sources.length; ++at) {
             if (row < rows && (places ? places[b * places_stride + row] : row) == at) {
                 sources.of_row.push_back(-1 - (prompt * rows + row++));
                 continue;
             }
-            STD_TORCH_CHECK(token++ < sources.tokens, op, ": prompt_places must be ascending, from 0 to ",
-                            sources.length - 1);
-            STD_TORCH_CHECK(*id >= 0 && *id < vocabulary, op, ": input_ids must be from 0 to ", vocabulary - 1,
-                            ", got ", *id);
+            PEFTKERN_CHECK(token++ < sources.tokens, op, ": prompt_places must be ascending, from 0 to ",
+                           sources.length - 1);
+            PEFTKERN_CHECK(*id >= 0 && *id < vocabulary, op, ": input_ids must be from 0 to ", vocabulary - 1, ", got ",
+                           *id);
             sources.of_row.push_back(*id++);
         }
     }
@@ -96,7 +100,7 @@ int64_t bits_of_one(ScalarType dtype) {
 }
 
 Tensor checked(const char* op, const char* name, const Tensor& values, const Sources& sources) {
-    STD_TORCH_CHECK(values.is_cpu(), op, ": ", name, " must be on the CPU");
+    PEFTKERN_CHECK(values.is_cpu(), op, ": ", name, " must be on the CPU");
     const bool right = values.dim() == 2 && values.size(0) == sources.batch && values.size(1) == sources.tokens;
     check_shape(op, name, values, right, sizes_text(sources.batch, sources.tokens));
     return torch::stable::contiguous(values);

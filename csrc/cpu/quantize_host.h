@@ -15,7 +15,7 @@ inline const QuantizeKernels& quantize_kernels(const char* op) {
                                                               &peftkern_quantize_avx512, &peftkern_quantize_avx512};
     std::string error;
     const Isa isa = current_isa(&error);
-    STD_TORCH_CHECK(error.empty(), op, ": ", error);
+    PEFTKERN_CHECK(error.empty(), op, ": ", error);
     return *kernels[static_cast<int>(isa)];
 }
 

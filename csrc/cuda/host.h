@@ -22,14 +22,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 // A failed launch or call becomes an exception that names the op and CUDA's error.
 inline void check_cuda(const char* op, int error) {
-    STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, ": ", peftkern_cuda_error_text(error));
+    PEFTKERN_CHECK(error == 0, op, ": CUDA error ", error, ": ", peftkern_cuda_error_text(error));
 }
 
 // Makes a tensor's device the current one as long as it lives; knows the caller's stream there.
 class OnDevice {
   public:
     OnDevice(const char* op, const Tensor& tensor) : op_(op), index_(tensor.get_device_index()), guard_(index_) {
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
+        PEFTKERN_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
     }
     int32_t index() const { return index_; }
@@ -62,8 +62,8 @@ inline Tensor aligned(const Tensor& tensor) {
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op, ": ", name,
-                    " must be on CUDA device ", like.get_device_index());
+    PEFTKERN_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op, ": ", name,
+                   " must be on CUDA device ", like.get_device_index());
 }
 
 inline Tensor matching(const char* op, const char* name, const Tensor& tensor, ScalarType type, int64_t numel,
@@ -82,8 +82,8 @@ struct Nf4Weight {
               const OptionalTensor& map, const OptionalTensor& mean, int64_t block_size, int64_t numel) {
         check_block_size(op, block_size);
         const bool is_nested = nested.has_value();
-        STD_TORCH_CHECK(map.has_value() == is_nested && mean.has_value() == is_nested, op,
-                        ": nested_absmax, nested_quant_map and offset must be given together");
+        PEFTKERN_CHECK(map.has_value() == is_nested && mean.has_value() == is_nested, op,
+                       ": nested_absmax, nested_quant_map and offset must be given together");
         const int64_t blocks = divide_up(numel, block_size);
         const ScalarType scale_type = is_nested ? ScalarType::Byte : ScalarType::Float;
         codes = aligned(matching(op, "codes", all_codes, ScalarType::Byte, divide_up(numel, 2), all_codes));
@@ -109,7 +109,7 @@ struct XRows {
     Dtype dtype;
 
     XRows(const char* op, const char* name, const Tensor& all) {
-        STD_TORCH_CHECK(all.dim() >= 1, op, ": ", name, " must have shape [..., columns], got ", shape_text(all));
+        PEFTKERN_CHECK(all.dim() >= 1, op, ": ", name, " must have shape [..., columns], got ", shape_text(all));
         dtype = element_dtype(op, name, all.scalar_type());
         columns = all.size(all.dim() - 1);
         for (int64_t i = 0; i + 1 < all.dim(); ++i) rows *= all.size(i);

@@ -16,9 +16,9 @@ Tensor factor(const char* op, const char* name, const Tensor& tensor, int64_t ro
     check_shape(op, name, tensor, tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
                 "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
     const Dtype dtype = element_dtype(op, name, tensor.scalar_type());
-    STD_TORCH_CHECK(dtype == Dtype::kFloat32 || dtype == x.dtype, op, ": ", name, " must be float32 or x's ",
-                    torch::headeronly::toString(x.tensor.scalar_type()), ", got ",
-                    torch::headeronly::toString(tensor.scalar_type()));
+    PEFTKERN_CHECK(dtype == Dtype::kFloat32 || dtype == x.dtype, op, ": ", name, " must be float32 or x's ",
+                   torch::headeronly::toString(x.tensor.scalar_type()), ", got ",
+                   torch::headeronly::toString(tensor.scalar_type()));
     return aligned(tensor);
 }
 
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const Tensor& lora_a, const Tensor& lora_b, double scaling,
                                        const OptionalTensor& bias, double dropout_p, const OptionalTensor&) {
     constexpr const char* op = "lora_linear";
-    STD_TORCH_CHECK(block_size > 0 && absmax.has_value(), op, ": weight must be NF4 on CUDA, got a dense one");
-    STD_TORCH_CHECK(dropout_p == 0, op, ": dropout_p must be 0 on CUDA, got ", dropout_p);
+    PEFTKERN_CHECK(block_size > 0 && absmax.has_value(), op, ": weight must be NF4 on CUDA, got a dense one");
+    PEFTKERN_CHECK(dropout_p == 0, op, ": dropout_p must be 0 on CUDA, got ", dropout_p);
     check_device(op, "x", x, weight);
     const OnDevice device(op, x);
     const XRows rows(op, "x", x);
@@ -38,10 +38,9 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     const DeviceTraits traits = device.traits();
     const LinearCall call{rows.rows, out_features,    rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
                           false,     has_gemm(traits)};
-    STD_TORCH_CHECK(
-        choose_kernel(call, traits) == LinearKernel::kDecode, op,
-        ": x must have at most 8 rows, in bfloat16 or float16, of whole blocks of at least 64 on CUDA, got ",
-        shape_text(x), " in ", torch::headeronly::toString(x.scalar_type()), " and blocks of ", block_size);
+    PEFTKERN_CHECK(choose_kernel(call, traits) == LinearKernel::kDecode, op,
+                   ": x must have at most 8 rows, in bfloat16 or float16, of whole blocks of at least 64 on CUDA, got ",
+                   shape_text(x), " in ", torch::headeronly::toString(x.scalar_type()), " and blocks of ", block_size);
     const int64_t rank = lora_a.dim() == 2 ? lora_a.size(0) : 0;
     const Tensor a = factor(op, "lora_a", lora_a, rank, rows.columns, rows, weight);
     const Tensor b = factor(op, "lora_b", lora_b, out_features, rank, rows, weight);

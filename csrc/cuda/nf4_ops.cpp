@@ -49,7 +49,7 @@ Tensor nf4_dequantize(const Tensor& codes, const Tensor& absmax, const OptionalT
     const Dtype out_dtype = element_dtype(op, "dtype", dtype);
     int64_t numel = 1;
     for (const int64_t size : shape) {
-        STD_TORCH_CHECK(size >= 0, op, ": shape must not be negative, got ", size);
+        PEFTKERN_CHECK(size >= 0, op, ": shape must not be negative, got ", size);
         numel *= size;
     }
     const OnDevice device(op, codes);

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from peftkern.nf4 import NF4Weight
 from peftkern.nn._low_rank_linear import LoRASettings, LowRankLinear, parameter
 from peftkern.ops._linear import accumulate_dtype, computing_dtype
 from peftkern.ops.dora_linear import DROPOUT_MODES, DropoutMode, dora_linear, dora_norm, weight_square_norm
@@ -44,7 +46,9 @@ class DoRALinear(LowRankLinear):
     As LoRALinear, with a magnitude m [out] beside A and B: `lora_magnitude_vector.<name>.weight` in the state dict, HF
     PEFT's name. It starts at the norms of W's rows, so that a new adapter changes nothing.
 
-    The norms of W + s B A are kept until A or B changes, however it is written to; W is never added to B A.
+    On the CPU the norms of W + s B A are kept until A or B changes, however it is written to, or W does; of W's writes
+    through .data only those to the whole weight are seen. Elsewhere they are computed at every call, which waits for
+    nothing. W is never added to B A.
 
     Args:
         base: exactly an nn.Linear or NF4Linear; it becomes `base_layer` and loses its gradients.
@@ -73,8 +77,8 @@ class DoRALinear(LowRankLinear):
     ) -> None:
         super().__init__(base)
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._square_norm: Tensor | None = None
-        self._norms: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._base: tuple[_Seen, Tensor] | None = None
+        self._norms: dict[str, tuple[tuple[Any, ...], tuple[Tensor, Tensor], Tensor]] = {}
         self.add_adapter(adapter_name, rank, alpha, dropout, use_rslora, dtype, dropout_mode, detach_norm)
         self._take_over(adapter_name)
 
@@ -115,31 +119,42 @@ class DoRALinear(LowRankLinear):
             with torch.no_grad():
                 magnitude.copy_(self._base_square_norm().sqrt())
 
+    def _keeps(self) -> bool:
+        """Whether norms are kept: on the CPU. To look at a tensor elsewhere is to wait for the device."""
+        return self.base_layer.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+
     def _base_square_norm(self) -> Tensor:
-        if self._square_norm is None:
+        weight = self.base_weight
+        if not self._keeps():
             with torch.no_grad():
-                self._square_norm = weight_square_norm(self.base_weight)
-        return self._square_norm
+                return weight_square_norm(weight)
+        parts = weight.tensors if isinstance(weight, NF4Weight) else (weight,)
+        tensors = [part for part in parts if part is not None]
+        if self._base is None or not self._base[0].is_of(tensors):
+            self._forget()
+            with _no_grad_for_keeps():
+                self._base = _Seen.of(tensors), weight_square_norm(weight)
+        return self._base[1]
 
     def _norm(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """||W + s B A||, from memory if A and B are as they were; None where the op had better compute it."""
+        """||W + s B A||, from memory if nothing has changed; None where the op had better compute it."""
         a, b = self.factors(adapter_name)
         scaling, settings, dtype = self.scaling[adapter_name], self.settings[adapter_name], computing_dtype(x)
         if accumulate_dtype(x) == torch.float64 or self.base_weight.dtype == torch.float64:
             return None
+        square_norm = self._base_square_norm()
         if not settings.detach_norm:
-            return dora_norm(self.base_weight, a, b, scaling, self._base_square_norm(), dtype)
-        with torch.no_grad():
-            if torch.compiler.is_compiling() or x.device.type != "cpu":
-                return dora_norm(self.base_weight, a, b, scaling, self._base_square_norm(), dtype)
-            # Hashes see what versions do not: writes through .data, as some optimizers make them.
-            factors = (a, b)
-            state = (dtype, float(scaling), *(f._version for f in factors), *(_hash(f) for f in factors))
-            known = self._norms.get(adapter_name)
-            if known is None or known[0] != state:
-                norm = dora_norm(self.base_weight, a, b, scaling, self._base_square_norm(), dtype)
-                known = self._norms[adapter_name] = state, norm
-            return known[1]
+            return dora_norm(self.base_weight, a, b, scaling, square_norm, dtype)
+        if not self._keeps():
+            with torch.no_grad():
+                return dora_norm(self.base_weight, a, b, scaling, square_norm, dtype)
+        with _no_grad_for_keeps():
+            # Copies of A and B see what versions do not: writes through .data, as some optimizers make them.
+            state, known = (dtype, float(scaling)), self._norms.get(adapter_name)
+            if known is None or known[0] != state or not all(map(_same, known[1], (a, b))):
+                norm = dora_norm(self.base_weight, a, b, scaling, square_norm, dtype)
+                known = self._norms[adapter_name] = state, (a.detach().clone(), b.detach().clone()), norm
+            return known[2]
 
     def _adapted(self, x: Tensor) -> Tensor:
         name = cast(str, self._active)
@@ -170,7 +185,7 @@ class DoRALinear(LowRankLinear):
 
     def _forget(self) -> None:
         """What was computed from the base weight."""
-        self._square_norm = None
+        self._base = None
         self._norms.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -188,6 +203,48 @@ class DoRALinear(LowRankLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _hash(tensor: Tensor) -> int:
-    """Of the bytes."""
-    return int(torch.hash_tensor(tensor.detach()).view(torch.int64))
+# How much of each part of a base weight is compared at every call, which takes 10 us.
+_SAMPLES = 512
+
+
+class _Seen(NamedTuple):
+    """What tells that a base weight has changed, without a copy of it.
+
+    torch's versions count every write but those through .data. Of these, samples see such as change the whole weight,
+    like a merge by `weight.data += delta`.
+    """
+
+    marks: list[tuple[Any, ...]]
+    samples: list[Tensor]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Seen:
+        return cls([_mark(tensor) for tensor in tensors], [_sample(tensor).clone() for tensor in tensors])
+
+    def is_of(self, tensors: list[Tensor]) -> bool:
+        return self.marks == [_mark(tensor) for tensor in tensors] and all(
+            torch.equal(_sample(tensor), sample) for tensor, sample in zip(tensors, self.samples)
+        )
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Elements at an odd distance, so that they lie in many columns; all of a small tensor."""
+    tensor = tensor.detach()
+    dense = tensor if tensor.is_contiguous() or tensor.dim() != 2 else tensor.t()
+    return dense.reshape(-1)[:: tensor.numel() // _SAMPLES | 1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+@contextmanager
+def _no_grad_for_keeps() -> Iterator[None]:
+    """For what outlives the call: what inference mode makes could not be used in training."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,8 +1,8 @@
 """ia3_linear in Triton: torch's product, and the scale, its gradient and the bias in one pass over activations.
 
 The product is rounded to x's dtype before the pass scales it, the result again after it. The scale's gradient is that
-of y over the scale. Where a scale is 0 a kernel computes what it scaled; it reads the scales itself, since to ask the
-GPU would be to wait for it, and ends at once where there is none.
+of y over the scale. Where a scale is 0, or so small that y cannot tell, a kernel computes what it scaled; it reads the
+scales itself, since to ask the GPU would be to wait for it, and ends at once where there is none.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ PASS_ROWS, PASS_COLUMNS = 16, 128
 # that sums have the same bits on every one of them.
 PROGRAMS = 1024
 LEAST_ROWS = 64
-ZERO_ROWS, ZERO_COLUMNS = 64, 64
+SMALL_ROWS, SMALL_COLUMNS = 64, 64
 
 
 def rows_per_program(rows: int, columns: int) -> int:
@@ -112,7 +112,7 @@ def scale_columns(
 
 
 @triton.jit
-def _zero_columns(
+def _small_columns(
     x,
     grad_y,
     scale,
@@ -132,14 +132,15 @@ def _zero_columns(
     x_stride,
     grad_stride,
     rows_per_program,
+    least,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
     in_columns = column < out_features
-    is_zero = in_columns & (tl.load(scale + column, mask=in_columns, other=1.0) == 0)
-    if tl.max(is_zero.to(tl.int32), 0) > 0:
+    is_small = in_columns & (tl.abs(tl.load(scale + column, mask=in_columns, other=1.0)) < least)
+    if tl.max(is_small.to(tl.int32), 0) > 0:
         added = tl.zeros([COLUMNS], tl.float32)
         if bias is not None:
             added += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)
@@ -174,7 +175,7 @@ def _zero_columns(
             inside = in_rows[:, None] & in_columns[None, :]
             grad = tl.load(grad_y + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0)
             total += tl.sum(grad.to(tl.float32) * (z + added[None, :]), 0)
-        tl.store(partials + tl.program_id(0).to(tl.int64) * out_features + column, total, mask=is_zero)
+        tl.store(partials + tl.program_id(0).to(tl.int64) * out_features + column, total, mask=is_small)
 
 
 def ia3_linear(
@@ -231,9 +232,10 @@ def ia3_linear_backward(
     else:
         saved = None if y is None or not need_scale else rows_of(y)
         result, parts = scale_columns(grad, scale, others=saved, need_out=need_x)
-        divisors = scale
+        least = least_divisor(grad.dtype)
+        divisors = torch.where(scale.abs() < least, 1.0, scale) if need_scale else None
         if parts is not None:
-            _replace_zero_columns(parts, rows, grad, base, scale, bias)
+            _replace_small_columns(parts, rows, grad, base, scale, bias, least)
         if result is not None:
             result = matmul(result, base.dense(out_features, in_features, grad.dtype)).to(x.dtype)
     if parts is not None:
@@ -243,16 +245,21 @@ def ia3_linear_backward(
     return grad_x, grad_scale
 
 
-def _replace_zero_columns(
-    parts: Tensor, rows: Tensor, grad: Tensor, base: Base, scale: Tensor, bias: Tensor | None
+def least_divisor(dtype: torch.dtype) -> float:
+    """Below this a scale may leave y too coarse in `dtype`: see `csrc/cpu/ia3_linear.cpp`."""
+    return 2.0**-4 if dtype == torch.float16 else 2.0**-40
+
+
+def _replace_small_columns(
+    parts: Tensor, rows: Tensor, grad: Tensor, base: Base, scale: Tensor, bias: Tensor | None, least: float
 ) -> None:
-    """In the parts of the sums of grad * y, those of columns whose scale is 0 become sums of grad * (x W^T + bias)."""
+    """In the parts of the sums of grad * y, those of columns of smaller scales become grad * (x W^T + bias)'s."""
     if not base.block_size:  # the dtype of the dots is that of x
         rows = rows.to(torch.promote_types(rows.dtype, base.weight.dtype))
     wide = rows.dtype == torch.float32  # no tensor cores: both operands lie in registers
     launch(
-        _zero_columns,
-        (parts.shape[0], triton.cdiv(parts.shape[1], ZERO_COLUMNS)),
+        _small_columns,
+        (parts.shape[0], triton.cdiv(parts.shape[1], SMALL_COLUMNS)),
         rows,
         grad,
         scale,
@@ -264,9 +271,10 @@ def _replace_zero_columns(
         rows.stride(0),
         grad.stride(0),
         rows_per_program(*grad.shape),
+        least,
         num_warps=8 if wide else 4,
-        ROWS=ZERO_ROWS,
-        COLUMNS=ZERO_COLUMNS,
+        ROWS=SMALL_ROWS,
+        COLUMNS=SMALL_COLUMNS,
         DEPTH=16 if wide else 32,
     )
 

@@ -4,8 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import LAYOUTS, assert_near_float64, assert_same_bits, compile_counting, gradients, graph_count
+from linear_cases import (
+    LAYOUTS,
+    assert_near_float64,
+    assert_same_bits,
+    compile_counting,
+    gradients,
+    graph_count,
+    relative_error,
+)
 from test_ia3_linear import SIDES, ia3_inputs, random_weight, small
+from torch import Tensor
 from triton_cases import on
 
 from peftkern import ia3_linear
@@ -49,6 +58,20 @@ def test_a_scale_of_zero(device: str, dtype: torch.dtype, kind: str, seed: int) 
     check(device, inputs)
     inputs["scale"].zero_()
     check(device, {**inputs, "bias": None})
+
+
+@pytest.mark.parametrize("small_scale", [2e-8, -0.06, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tiny_scale(device: str, dtype: torch.dtype, small_scale: float, seed: int) -> None:
+    """Rounded to its dtype, y is 0 or coarse, yet the scale's gradient is right."""
+    inputs = ia3_inputs(random_weight("nf4", (70, 33)), torch.randn(20, 33).to(dtype), False, dtype)
+    inputs["scale"].fill_(small_scale)
+    grad_y = torch.randn(20, 70).to(dtype)
+    actual = gradients(on(device, ia3_linear), inputs, grad_y, ["scale"])["scale"]
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    wide["weight"] = inputs["weight"].dequantize(torch.float64)
+    exact = gradients(ia3_linear_reference, wide, grad_y.double(), ["scale"])["scale"]
+    assert relative_error(actual, exact) < 2 * torch.finfo(dtype).eps + 1e-5
 
 
 @SIDES
