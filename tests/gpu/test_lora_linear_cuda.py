@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, lora_linear
 from peftkern._native import caps
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.lora_linear import lora_linear_reference
 
 pytestmark = [

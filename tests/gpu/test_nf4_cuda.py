@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from peftkern._native import caps
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_linear import nf4_linear_reference
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
