@@ -7,13 +7,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "nf4_quantize_absmax(Tensor absmax, Tensor quant_map, Tensor offset) -> (Tensor bytes, Tensor nested_absmax)");
     m.def(
         "nf4_dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, "
-        "int block_size, SymInt[] shape, ScalarType dtype) -> Tensor");
+        "int block_size, SymInt[] shape, ScalarType dtype) -> Tensor weight");
     m.def(
         "nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
-        "Tensor? offset, int block_size, SymInt out_features, Tensor? bias) -> Tensor");
+        "Tensor? offset, int block_size, SymInt out_features, Tensor? bias) -> Tensor y");
     m.def(
         "nf4_linear_backward(Tensor grad_y, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
-        "Tensor? nested_quant_map, Tensor? offset, int block_size, SymInt in_features) -> Tensor");
+        "Tensor? nested_quant_map, Tensor? offset, int block_size, SymInt in_features) -> Tensor grad_x");
     m.def(
         "lora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, SymInt out_features, Tensor lora_a, Tensor lora_b, float scaling, "
@@ -53,11 +53,11 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
         "int[] need_as, int[] need_bs) -> (Tensor grad_x, Tensor[] grad_as, Tensor[] grad_bs)");
     m.def(
         "dora_linear_square_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
-        "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor");
+        "Tensor? offset, int block_size, SymInt out_features, SymInt in_features) -> Tensor square_norm");
     m.def(
         "dora_linear_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, Tensor lora_a, Tensor lora_b, float scaling, Tensor square_norm, bool bf16) "
-        "-> Tensor");
+        "-> Tensor norm");
     m.def(
         "dora_linear_norm_backward(Tensor grad_norm, Tensor norm, Tensor weight, Tensor? absmax, "
         "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor lora_a, "
@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
     m.def(
         "ia3_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
         "Tensor? offset, int block_size, SymInt out_features, Tensor scale, Tensor? bias, bool scale_input) "
-        "-> Tensor");
+        "-> Tensor y");
     m.def(
         "ia3_linear_backward(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor? absmax, Tensor? nested_absmax, "
         "Tensor? nested_quant_map, Tensor? offset, int block_size, Tensor scale, Tensor? bias, bool scale_input, "

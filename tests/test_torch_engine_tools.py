@@ -48,9 +48,11 @@ def test_compiles_without_breaks(op: str, decoded_by: str, seed: int) -> None:
 def test_transforms(op: str, seed: int) -> None:
     """torch.func.grad is autograd's gradient."""
     function, _, inputs = of_op(op, "float32", torch.randn(5, IN), OUT, 3, torch.float32)
-    expected = gradients(function, inputs, torch.ones_like(function(**inputs)), ["x"])["x"]
-    actual = torch.func.grad(lambda x: function(**{**inputs, "x": x}).sum())(inputs["x"])
-    torch.testing.assert_close(actual, expected)
+    names = [name for name in float_tensors(inputs) if not name.startswith("weight")]
+    expected = gradients(function, inputs, torch.ones_like(function(**inputs)), names)
+    for name in names:
+        actual = torch.func.grad(lambda value, name=name: function(**{**inputs, name: value}).sum())(inputs[name])
+        torch.testing.assert_close(actual, expected[name])
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import peftkern
 from peftkern import backends
 from peftkern.backends import Choice, interpreting
-from peftkern.ops._registration import NATIVE, TRITON
+from peftkern.ops._op import NATIVE, TRITON
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests/gpu").glob("test_*_triton.py"))

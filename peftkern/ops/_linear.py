@@ -84,10 +84,16 @@ def check_linear(op: str, x: Any, weight: Any, bias: Any) -> tuple[int, int]:
     return out_features, in_features
 
 
-def raise_double_backward(op: str) -> Any:
-    """A backward for a backward op: says that there is none."""
+def empty_like(tensor: Tensor, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """Dense and of its shape, in its dtype or another; empty if it is not needed, as native ops leave such results."""
+    return tensor.new_empty(tensor.shape if needed else (0,), dtype=dtype)
 
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{op}: double backward is not implemented; use backend='reference' for second derivatives")
 
-    return backward
+def grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Of a dense weight [out, in], by torch's matmul."""
+    return (grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+
+
+def grad_bias(grad_y: Tensor, bias: Any) -> Tensor:
+    """The sum over all rows in fp32, in the dtype of the bias."""
+    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)

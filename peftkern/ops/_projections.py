@@ -1,5 +1,6 @@
 """Linear layers with optional adapters, several in one op: arguments, checks, seeds and the native ops' lists."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,15 @@ from torch import Tensor
 from peftkern.engines.torch import linear as composed
 from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.ops._dropout import draw_seed
-from peftkern.ops._linear import Weight, accumulate_dtype, check_linear, dense_weight, native_weight
+from peftkern.ops._linear import (
+    Weight,
+    accumulate_dtype,
+    check_linear,
+    dense_weight,
+    grad_bias,
+    grad_weight,
+    native_weight,
+)
 from peftkern.ops.lora_linear import check_lora, lora_linear_reference
 
 
@@ -118,26 +127,18 @@ def split_grad_a(grad_a: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
     return [part.to(lora_a.dtype) for part, lora_a in zip(parts, lora_as)]
 
 
-def only(needed: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients that are needed, None for the others."""
-    return [grad if need else None for need, grad in zip(needed, grads)]
-
-
 def grad_weights(
     needed: Sequence[bool], grad_ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of dense weights, by torch's matmul."""
-    return [
-        (dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need else None
-        for need, dy, x, weight in zip(needed, grad_ys, xs, weights)
-    ]
+    """Of dense weights."""
+    return [grad_weight(dy, x, weight) if need else None for need, dy, x, weight in zip(needed, grad_ys, xs, weights)]
 
 
-def grad_biases(
-    needed: Sequence[bool], grad_ys: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> list[Tensor | None]:
-    """Sums over all rows in fp32."""
-    return [
-        dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype) if need else None
-        for need, dy, dtype in zip(needed, grad_ys, dtypes)
-    ]
+def grad_biases(needed: Sequence[bool], grad_ys: Sequence[Tensor], biases: Sequence[Any]) -> list[Tensor | None]:
+    return [grad_bias(dy, bias) if need else None for need, dy, bias in zip(needed, grad_ys, biases)]
+
+
+def stacked_products(call: Any) -> Tensor:
+    """h [rows, sum of ranks] without values."""
+    rank = sum(lora_a.shape[0] for lora_a in call.lora_as)
+    return call.x.new_empty((math.prod(call.x.shape[:-1]), rank), dtype=torch.float32)

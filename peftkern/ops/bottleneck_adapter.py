@@ -29,9 +29,9 @@ from peftkern.ops._linear import (
     autocast,
     check_tensor,
     computing_dtype,
-    raise_double_backward,
+    empty_like,
 )
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -161,59 +161,41 @@ def check_bottleneck(
             raise ValueError(f"{op}: residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
 
 
-def _fake(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    activation: str,
-    scaling: float,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    z = x.new_empty((math.prod(x.shape[:-1]), down_weight.shape[0]), dtype=torch.float32)
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    x = call.x
+    z = x.new_empty((math.prod(x.shape[:-1]), call.down_weight.shape[0]), dtype=torch.float32)
     return x.new_empty(x.shape), z
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    z: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    activation: str,
-    scaling: float,
-    adds_x: bool,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    results = (grad_y, down_weight, down_bias, up_weight, up_bias)
-    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in zip(results, needs))
+def _fake_backward(call: Any) -> tuple[Tensor, ...]:
+    return (
+        empty_like(call.grad_y, call.need_x),
+        empty_like(call.down_weight, call.need_down_weight),
+        empty_like(call.down_bias, call.need_down_bias),
+        empty_like(call.up_weight, call.need_up_weight),
+        empty_like(call.up_bias, call.need_up_bias),
+    )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, scaling, residual = inputs
-    x, *parameters = tensors
-    ctx.save_for_backward(x, output[1], *parameters)
-    ctx.mark_non_differentiable(output[1])
-    ctx.scalars = activation, scaling, residual is None
-    ctx.residual_dtype = None if residual is None else residual.dtype
+PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
-def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    grads: list[Tensor | None] = [None] * 5
-    if any(needs[:5]):
-        results = ops.bottleneck_adapter_backward(grad_y, *ctx.saved_tensors, *ctx.scalars, *needs[:5])
-        grads = [grad if need else None for grad, need in zip(results, needs)]
-    return *grads, None, None, grad_y.to(ctx.residual_dtype) if needs[7] else None
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    inputs = ("x", *PARAMETERS)
+    wanted = {f"need_{name}": getattr(needs, name) for name in inputs}
+    if any(wanted.values()):
+        found = dict(zip(inputs, run(grad_y=grad_y, adds_x=call.residual is None, **wanted)))
+    if needs.residual:
+        found["residual"] = grad_y.to(call.residual.dtype)
+    return found
 
 
-register("bottleneck_adapter", _fake, _backward, _setup_context, triton="bottleneck_adapter_triton")
-register(
-    "bottleneck_adapter_backward",
+Op(
+    "bottleneck_adapter",
+    _fake,
+    _backward,
+    ("x", "z", *PARAMETERS),
     _fake_backward,
-    raise_double_backward("bottleneck_adapter"),
     triton="bottleneck_adapter_triton",
 )

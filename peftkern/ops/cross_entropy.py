@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.engines.torch import cross_entropy as composed
-from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, raise_double_backward
+from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, empty_like
+from peftkern.ops._op import NATIVE, Op
 
 OP = "cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
@@ -55,7 +55,7 @@ def cross_entropy(
     elif implementation == "reference":
         losses = cross_entropy_reference(logits, target, ignore_index)
     else:
-        losses = ops.cross_entropy(logits, target, ignore_index)[0]
+        losses = NATIVE.cross_entropy(logits, target, ignore_index)[0]
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -82,30 +82,13 @@ def _check(logits: Any, target: Any, ignore_index: Any, reduction: Any) -> None:
             raise ValueError(f"{OP}: target must be from 0 to {last} or {ignore_index}, got {int(wrong[0])}")
 
 
-@torch.library.register_fake(f"peftkern::{OP}")
-def _fake(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    losses = logits.new_empty((logits.shape[0],), dtype=torch.float32)
+def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses = call.logits.new_empty((call.logits.shape[0],), dtype=torch.float32)
     return losses, torch.empty_like(losses), torch.empty_like(losses)
 
 
-@torch.library.register_fake(f"peftkern::{OP}_backward")
-def _fake_backward(
-    grad_losses: Tensor, logits: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, ignore_index: int
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _backward(run: Any, call: Any, needs: Any, grad_losses: Tensor) -> dict[str, Any]:
+    return {"logits": run(grad_losses=grad_losses)} if needs.logits else {}
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    logits, target, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, None, None]:
-    if not ctx.needs_input_grad[0]:
-        return None, None, None
-    return ops.cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index), None, None
-
-
-torch.library.register_autograd(f"peftkern::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"peftkern::{OP}_backward", raise_double_backward(OP))
+Op(OP, _fake, _backward, ("logits", "target", "top", "log_sum"), lambda call: empty_like(call.logits))

@@ -24,6 +24,7 @@ from torch import Tensor
 from peftkern import backends
 from peftkern.engines.torch import dora as composed
 from peftkern.engines.torch.decode import Weight as FrozenWeight
+from peftkern.engines.transforms import is_transformed
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
 from peftkern.ops._linear import (
     Weight,
@@ -31,11 +32,12 @@ from peftkern.ops._linear import (
     autocast,
     check_tensor,
     dense_weight,
+    empty_like,
+    grad_bias,
     native_weight,
-    raise_double_backward,
 )
-from peftkern.ops._registration import NAMESPACES, register
-from peftkern.ops.lora_linear import check_lora
+from peftkern.ops._op import NAMESPACES, Op
+from peftkern.ops.lora_linear import WEIGHT, check_lora, low_rank_product
 
 DropoutMode = Literal["peft", "lora_only"]
 DROPOUT_MODES = ("peft", "lora_only")
@@ -193,11 +195,11 @@ def dora_linear(
         a, b = (lora_a.detach(), lora_b.detach()) if detach_norm else (lora_a, lora_b)
         norm = dora_norm(weight, a, b, scaling, dtype=x.dtype, backend=implementation)
     scale = magnitude.float() / (norm.detach() if detach_norm else norm)
+    need_z = torch.is_grad_enabled() and (scale.requires_grad or is_transformed())
     if implementation == "torch":
         p, drops_base = dropout_p if training else 0.0, dropout_mode == "peft"
         frozen = FrozenWeight.of(weight)
-        return composed.dora_linear(x, frozen, lora_a, lora_b, scale, float(scaling), bias, p, drops_base)
-    need_z = torch.is_grad_enabled() and scale.requires_grad
+        return composed.dora_linear(x, frozen, lora_a, lora_b, scale, float(scaling), bias, p, drops_base, need_z)
     y, _, _ = NAMESPACES[implementation].dora_linear(
         x,
         *native_weight(weight),
@@ -215,115 +217,54 @@ def dora_linear(
     return y
 
 
-def _fake_square_norm(weight: Tensor, *arguments: Any) -> Tensor:
-    return weight.new_empty(arguments[5], dtype=torch.float32)
+def _fake_square_norm(call: Any) -> Tensor:
+    return call.weight.new_empty(call.out_features, dtype=torch.float32)
 
 
-def _fake_norm(weight: Tensor, *arguments: Any) -> Tensor:
-    lora_b = arguments[6]
-    return lora_b.new_empty(lora_b.shape[0], dtype=torch.float32)
+def _fake_norm(call: Any) -> Tensor:
+    return call.lora_b.new_empty(call.lora_b.shape[0], dtype=torch.float32)
 
 
-def _fake_norm_backward(grad_norm: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    lora_a, lora_b = arguments[7:9]
-    return torch.empty_like(lora_a).contiguous(), torch.empty_like(lora_b).contiguous()
+def _fake_norm_backward(call: Any) -> tuple[Tensor, Tensor]:
+    return empty_like(call.lora_a), empty_like(call.lora_b)
 
 
-def _setup_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *weight, block_size, lora_a, lora_b, scaling, _, _ = inputs
-    ctx.save_for_backward(output, *weight, lora_a, lora_b)
-    ctx.scalars = block_size, scaling
+def _norm_backward(run: Any, call: Any, needs: Any, grad_norm: Tensor) -> dict[str, Any]:
+    grad_a, grad_b = run(grad_norm=grad_norm)
+    return {"lora_a": grad_a, "lora_b": grad_b}
 
 
-def _norm_backward(ops: Any, ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
-    norm, *weight, lora_a, lora_b = ctx.saved_tensors
-    block_size, scaling = ctx.scalars
-    grads = ops.dora_linear_norm_backward(grad_norm, norm, *weight, block_size, lora_a, lora_b, scaling)
-    grad_a, grad_b = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[6:8]))
-    return *(None,) * 6, grad_a, grad_b, None, None, None
+def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = call.x.new_empty((*call.x.shape[:-1], call.out_features))
+    return y, low_rank_product(call), empty_like(y, call.need_z)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    drop_base: bool,
-    need_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], out_features))
-    h = x.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]), dtype=torch.float32)
-    return y, h, x.new_empty(y.shape if need_z else (0,))
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lora_a, lora_b = arguments[8:10]
-    need_x, need_a, need_b, need_scale = arguments[-4:]
-    empty = (0,)
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        grad_y.new_empty(x.shape if need_x else empty),
-        lora_a.new_empty(lora_a.shape if need_a else empty),
-        lora_b.new_empty(lora_b.shape if need_b else empty),
-        grad_y.new_empty((grad_y.shape[-1],) if need_scale else empty, dtype=torch.float32),
+        empty_like(call.x, call.need_x, call.grad_y.dtype),
+        empty_like(call.lora_a, call.need_a),
+        empty_like(call.lora_b, call.need_b),
+        empty_like(call.scale, call.need_scale),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *weight, block_size, _, lora_a, lora_b, scale, scaling, bias, dropout_p, seed, drop_base, need_z = inputs
-    ctx.save_for_backward(x, output[1], output[2], *weight, lora_a, lora_b, scale, seed)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)  # no zeros for these
-    ctx.scalars = block_size, scaling, dropout_p, drop_base, need_z
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ops: Any, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, h, z, *weight, lora_a, lora_b, scale, seed = ctx.saved_tensors
-    block_size, scaling, dropout_p, drop_base, need_z = ctx.scalars
-    needs = ctx.needs_input_grad
-    need_x, need_a, need_b, need_scale = needs[0], needs[8], needs[9], needs[10] and need_z
-    grad_x = grad_a = grad_b = grad_scale = grad_bias = None
-    if need_x or need_a or need_b or need_scale:
-        grad_x, grad_a, grad_b, grad_scale = ops.dora_linear_backward(
-            grad_y,
-            *(x, h, z),
-            *weight,
-            block_size,
-            *(lora_a, lora_b, scale),
-            *(scaling, dropout_p, seed, drop_base),
-            *(need_x, need_a, need_b, need_scale),
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    need_scale = needs.scale and call.need_z
+    if needs.x or needs.lora_a or needs.lora_b or need_scale:
+        found["x"], found["lora_a"], found["lora_b"], grad_scale = run(
+            grad_y=grad_y, need_x=needs.x, need_a=needs.lora_a, need_b=needs.lora_b, need_scale=need_scale
         )
-    if needs[12]:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (
-        grad_x if need_x else None,
-        *(None,) * 7,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        grad_scale if need_scale else None,
-        None,
-        grad_bias,
-        *(None,) * 4,
-    )
+        found["scale"] = grad_scale if need_scale else None
+    if needs.bias:
+        found["bias"] = grad_bias(grad_y, call.bias)
+    return found
 
 
-_register = partial(register, triton="dora_linear_triton")
-_raise = raise_double_backward("dora_linear")
-_register("dora_linear_square_norm", _fake_square_norm)
-_register("dora_linear_norm", _fake_norm, _norm_backward, _setup_norm)
-_register("dora_linear_norm_backward", _fake_norm_backward, _raise)
-_register("dora_linear", _fake, _backward, _setup_context)
-_register("dora_linear_backward", _fake_backward, _raise)
+_op = partial(Op, triton="dora_linear_triton")
+_op("dora_linear_square_norm", _fake_square_norm)
+_norm_saves = ("norm", *WEIGHT, "lora_a", "lora_b")
+_op("dora_linear_norm", _fake_norm, _norm_backward, _norm_saves, _fake_norm_backward)
+_op("dora_linear", _fake, _backward, ("x", "h", "z", *WEIGHT, "lora_a", "lora_b", "scale", "seed"), _fake_backward)
 # The name under which `dora_norm` chooses.
 backends.TRITON_OPS.add("dora_norm")

@@ -22,10 +22,10 @@ from peftkern.ops._linear import (
     check_linear,
     check_tensor,
     dense_weight,
+    empty_like,
     native_weight,
-    raise_double_backward,
 )
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 
 
 def ia3_linear_reference(
@@ -93,44 +93,28 @@ def ia3_linear_by(
     return run(x, *native_weight(weight), weight.shape[0], scale.float(), bias, scale_input)
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], arguments[6]))
+def _fake(call: Any) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.out_features))
 
 
-def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    scale, _, _, need_x, need_scale = arguments[8:]
-    return (
-        grad_y.new_empty(arguments[0].shape if need_x else (0,)),
-        scale.new_empty(scale.shape if need_scale else (0,)),
-    )
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
+    return empty_like(call.x, call.need_x, call.grad_y.dtype), empty_like(call.scale, call.need_scale)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, *weight, block_size, _, scale, bias, scale_input = inputs
-    ctx.save_for_backward(x, None if scale_input else output, *weight, scale, bias)
-    ctx.scalars = block_size, scale_input
+def _saves(call: Any) -> tuple[str, ...]:
+    y = () if call.scale_input else ("y",)
+    return "x", *y, "weight", "absmax", "nested_absmax", "nested_quant_map", "offset", "scale", "bias"
 
 
-def _backward(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, *weight, scale, bias = ctx.saved_tensors
-    block_size, scale_input = ctx.scalars
-    need_x, need_scale, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[8], ctx.needs_input_grad[9]
-    grad_x = grad_scale = grad_bias = None
-    if need_x or need_scale:
-        grad_x, grad_scale = ops.ia3_linear_backward(
-            grad_y, x, y, *weight, block_size, scale, bias, scale_input, need_x, need_scale
-        )
-    if need_bias:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32)
-        grad_bias = (grad_bias if scale_input else grad_bias * scale).to(bias.dtype)
-    return (
-        grad_x if need_x else None,
-        *(None,) * 7,
-        grad_scale if need_scale else None,
-        grad_bias,
-        None,
-    )
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    if needs.x or needs.scale:
+        y = None if call.scale_input else call.y
+        found["x"], found["scale"] = run(grad_y=grad_y, y=y, need_x=needs.x, need_scale=needs.scale)
+    if needs.bias:
+        summed = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32)
+        found["bias"] = (summed if call.scale_input else summed * call.scale).to(call.bias.dtype)
+    return found
 
 
-register("ia3_linear", _fake, _backward, _setup_context, triton="ia3_linear_triton")
-register("ia3_linear_backward", _fake_backward, raise_double_backward("ia3_linear"), triton="ia3_linear_triton")
+Op("ia3_linear", _fake, _backward, _saves, _fake_backward, triton="ia3_linear_triton")

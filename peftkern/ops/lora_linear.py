@@ -29,10 +29,12 @@ from peftkern.ops._linear import (
     check_tensor,
     computing_dtype,
     dense_weight,
+    empty_like,
+    grad_bias,
+    grad_weight,
     native_weight,
-    raise_double_backward,
 )
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 
 # What the decode of csrc/cuda/ takes: rows of x, and features of a row.
 CUDA_ROWS, CUDA_FEATURES = 8, 2**26
@@ -182,127 +184,65 @@ def check_dropout(op: str, dropout_p: Any) -> None:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    h = x.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]), dtype=torch.float32)
-    return x.new_empty((*x.shape[:-1], out_features)), h
+def low_rank_product(call: Any) -> Tensor:
+    """h [rows, rank] without values."""
+    return call.x.new_empty((math.prod(call.x.shape[:-1]), call.lora_a.shape[0]), dtype=torch.float32)
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    empty = (0,)
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    return call.x.new_empty((*call.x.shape[:-1], call.out_features)), low_rank_product(call)
+
+
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        grad_y.new_empty(x.shape if need_x else empty),
-        lora_a.new_empty(lora_a.shape if need_a else empty),
-        lora_b.new_empty(lora_b.shape if need_b else empty),
+        empty_like(call.x, call.need_x, call.grad_y.dtype),
+        empty_like(call.lora_a, call.need_a),
+        empty_like(call.lora_b, call.need_b),
     )
 
 
-def _backward_on_cuda(
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    if needs.x or needs.lora_a or needs.lora_b:
+        found["x"], found["lora_a"], found["lora_b"] = run(
+            grad_y=grad_y, need_x=needs.x, need_a=needs.lora_a, need_b=needs.lora_b
+        )
+    if needs.weight:
+        found["weight"] = grad_weight(grad_y, call.x, call.weight)
+    if needs.bias:
+        found["bias"] = grad_bias(grad_y, call.bias)
+    return found
+
+
+def _backward_on_cuda(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op for the few rows that forward takes on CUDA: nf4_linear_backward, and torch's products in fp32.
 
     The base's part of grad_x is rounded before the low-rank part is added: two roundings.
     """
+    x, grad_y, lora_a, lora_b = call.x, call.grad_y, call.lora_a, call.lora_b
     grad_x, grad_a, grad_b = grad_y.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):  # it would round the products
         rows, grad_rows = x.reshape(-1, x.shape[-1]).float(), grad_y.reshape(-1, grad_y.shape[-1]).float()
-        grad_h = scaling * (grad_rows @ lora_b.float())
-        if need_a:
+        grad_h = call.scaling * (grad_rows @ lora_b.float())
+        if call.need_a:
             grad_a = (grad_h.t() @ rows).to(lora_a.dtype)
-        if need_b:
-            grad_b = (scaling * (grad_rows.t() @ h)).to(lora_b.dtype)
-        if need_x:
-            nf4 = (weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+        if call.need_b:
+            grad_b = (call.scaling * (grad_rows.t() @ call.h)).to(lora_b.dtype)
+        if call.need_x:
+            nf4 = (call.weight, call.absmax, call.nested_absmax, call.nested_quant_map, call.offset, call.block_size)
             base = native_ops.nf4_linear_backward(grad_y, *nf4, x.shape[-1])
             grad_x = (base.float() + (grad_h @ lora_a.float()).view(x.shape)).to(grad_y.dtype)
     return grad_x, grad_a, grad_b
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, *weight, block_size, _, lora_a, lora_b, scaling, bias, dropout_p, seed = inputs
-    ctx.save_for_backward(x, output[1], *weight, lora_a, lora_b, seed)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for h
-    ctx.scalars = block_size, scaling, dropout_p
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ops: Any, ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, h, *weight, lora_a, lora_b, seed = ctx.saved_tensors
-    block_size, scaling, dropout_p = ctx.scalars
-    needs = ctx.needs_input_grad
-    need_x, need_weight, need_a, need_b, need_bias = needs[0], needs[1], needs[8], needs[9], needs[11]
-    grad_x = grad_weight = grad_a = grad_b = grad_bias = None
-    if need_x or need_a or need_b:
-        grad_x, grad_a, grad_b = ops.lora_linear_backward(
-            grad_y, x, h, *weight, block_size, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
-        )
-    if need_weight:
-        grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    if need_bias:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (
-        grad_x if need_x else None,
-        grad_weight.to(weight[0].dtype) if grad_weight is not None else None,
-        *(None,) * 6,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        None,
-        grad_bias,
-        None,
-        None,
-    )
-
-
-register("lora_linear", _fake, _backward, _setup_context, triton="lora_linear_triton")
-register("lora_linear_backward", _fake_backward, raise_double_backward("lora_linear"), triton="lora_linear_triton")
-torch.library.impl("peftkern::lora_linear_backward", "cuda", _backward_on_cuda)
+WEIGHT = ("weight", "absmax", "nested_absmax", "nested_quant_map", "offset")
+_saves = ("x", "h", *WEIGHT, "lora_a", "lora_b", "seed")
+Op(
+    "lora_linear",
+    _fake,
+    _backward,
+    _saves,
+    _fake_backward,
+    triton="lora_linear_triton",
+    backward_on_cuda=_backward_on_cuda,
+)

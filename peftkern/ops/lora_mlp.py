@@ -7,17 +7,16 @@ Formula, each projection as in lora_linear, gate and up together as in lora_qkv:
 Saved for backward: x, g, u and the low-rank products h of all three. p is computed again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.mlp import lora_mlp as composed_mlp
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
+from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like
+from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
     check_projection,
@@ -26,12 +25,11 @@ from peftkern.ops._projections import (
     grad_biases,
     grad_weights,
     native_projections,
-    only,
     projection_reference,
     split_grad_a,
     stacked_dtype,
+    stacked_products,
 )
-from peftkern.ops._registration import NAMESPACES, register
 
 NAMES = ("gate", "up", "down")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -131,95 +129,39 @@ def _checked(x: Any, weights: tuple[Any, ...], adapters: Any, activation: Any, d
     return projections
 
 
-def _fake(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    out_features: list[int],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    biases: list[Tensor],
-    activation: str,
-    dropout_p: float,
-    seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rank = sum(lora_a.shape[0] for lora_a in lora_as)
-    gate, up, y = (x.new_empty((*x.shape[:-1], out)) for out in out_features)
-    return y, gate, up, x.new_empty((math.prod(x.shape[:-1]), rank), dtype=torch.float32)
+def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate, up, y = (call.x.new_empty((*call.x.shape[:-1], out)) for out in call.out_features)
+    return y, gate, up, stacked_products(call)
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    h: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    activation: str,
-    dropout_p: float,
-    seeds: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_inner: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    down_rank, empty = lora_as[2].shape[0], (0,)
-    stacked = (h.shape[1] - down_rank, x.shape[-1])
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    x, gate, (*inner_as, down_a) = call.x, call.gate, call.lora_as
+    stacked, nothing = (call.h.shape[1] - down_a.shape[0], x.shape[-1]), x.new_empty(0)
     return (
-        x.new_empty(x.shape if need_x else empty),
-        x.new_empty(stacked, dtype=stacked_dtype(lora_as[:2])) if need_a else x.new_empty(empty),
-        lora_as[2].new_empty(lora_as[2].shape) if need_a else x.new_empty(empty),
-        [lora_b.new_empty(lora_b.shape) for lora_b in lora_bs] if need_b else [],
-        gate.new_empty(gate.shape if need_inner or (need_a and down_rank) else empty),
-        gate.new_empty(gate.shape),
-        up.new_empty(up.shape),
+        empty_like(x, call.need_x),
+        x.new_empty(stacked, dtype=stacked_dtype(inner_as)) if call.need_a else nothing,
+        empty_like(down_a) if call.need_a else nothing.clone(),
+        [empty_like(lora_b) for lora_b in call.lora_bs] if call.need_b else [],
+        empty_like(gate, call.need_inner or (call.need_a and down_a.shape[0] > 0)),
+        empty_like(gate),
+        empty_like(call.up),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, biases, *rest = inputs
-    activation, dropout_p, seeds = rest
-    saved = output[1:]  # gate, up and h
-    ctx.save_for_backward(x, *saved, seeds, *weights, *lora_as, *lora_bs, *scales)
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # no zeros for these
-    ctx.scalars = counts, block_sizes, scalings, activation, dropout_p
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
-
-
-def _backward(ops: Any, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, gate, up, h, seeds, *rest = ctx.saved_tensors
-    counts, block_sizes, scalings, activation, dropout_p = ctx.scalars
-    weights, lora_as, lora_bs, scales = rest[:3], rest[3:6], rest[6:9], rest[9:]
-    need_x, need_weights, _, _, _, _, need_as, need_bs, _, need_biases, *_ = ctx.needs_input_grad
-    need_a, need_b, need_inner = any(need_as), any(need_bs), any(need_weights) or any(need_biases)
-    lists = weights, scales, counts, block_sizes, lora_as, lora_bs, scalings
-    grad_x, grad_a, grad_down_a, grad_bs, product, *grad_inner = ops.lora_mlp_backward(
-        grad_y, x, gate, up, h, *lists, activation, dropout_p, seeds, need_x, need_a, need_b, need_inner
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    need_a, need_b, need_inner = any(needs.lora_as), any(needs.lora_bs), any(needs.weights) or any(needs.biases)
+    grad_x, grad_a, grad_down_a, grad_bs, product, *grad_inner = run(
+        grad_y=grad_y, need_x=needs.x, need_a=need_a, need_b=need_b, need_inner=need_inner
     )
     grad_ys = (*grad_inner, grad_y)
-    grad_as = [*split_grad_a(grad_a, lora_as[:2]), grad_down_a] if need_a else [None] * 3
-    return (
-        grad_x if need_x else None,
-        grad_weights(need_weights, grad_ys, (x, x, product), weights),
-        [None] * len(scales),
-        *(None,) * 3,
-        only(need_as, grad_as),
-        only(need_bs, grad_bs) if need_b else [None] * 3,
-        None,
-        grad_biases(need_biases, grad_ys, ctx.bias_dtypes),
-        *(None,) * 3,
-    )
+    return {
+        "x": grad_x,
+        "weights": grad_weights(needs.weights, grad_ys, (call.x, call.x, product), call.weights),
+        "lora_as": [*split_grad_a(grad_a, call.lora_as[:2]), grad_down_a] if need_a else None,
+        "lora_bs": grad_bs if need_b else None,
+        "biases": grad_biases(needs.biases, grad_ys, call.biases),
+    }
 
 
-register("lora_mlp", _fake, _backward, _setup_context, triton="lora_mlp_triton")
-register("lora_mlp_backward", _fake_backward, raise_double_backward("lora_mlp"), triton="lora_mlp_triton")
+_saves = ("x", "gate", "up", "h", "seeds", "weights", "lora_as", "lora_bs", "scales")
+Op("lora_mlp", _fake, _backward, _saves, _fake_backward, triton="lora_mlp_triton")

@@ -10,17 +10,16 @@ own:
 Saved for backward: x and h, once. The masks are regenerated from the seeds (`_dropout.py`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.linear import linears
 from peftkern.nf4 import NF4Weight
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, raise_double_backward
+from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like
+from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
     check_projection,
@@ -29,12 +28,11 @@ from peftkern.ops._projections import (
     grad_biases,
     grad_weights,
     native_projections,
-    only,
     projection_reference,
     split_grad_a,
     stacked_dtype,
+    stacked_products,
 )
-from peftkern.ops._registration import NAMESPACES, register
 
 
 def lora_qkv_reference(
@@ -108,83 +106,28 @@ def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Pr
     return autocast(x, None)[0], [p._replace(bias=bias) for p, bias in zip(projections, biases)]
 
 
-def _fake(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    out_features: list[int],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    biases: list[Tensor],
-    dropout_p: float,
-    seeds: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
-    rank = sum(lora_a.shape[0] for lora_a in lora_as)
-    h = x.new_empty((math.prod(x.shape[:-1]), rank), dtype=torch.float32)
-    return [x.new_empty((*x.shape[:-1], out)) for out in out_features], h
+def _fake(call: Any) -> tuple[list[Tensor], Tensor]:
+    return [call.x.new_empty((*call.x.shape[:-1], out)) for out in call.out_features], stacked_products(call)
 
 
-def _fake_backward(
-    grad_ys: list[Tensor],
-    x: Tensor,
-    h: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    dropout_p: float,
-    seeds: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    grad_a = x.new_empty((h.shape[1], x.shape[-1]), dtype=stacked_dtype(lora_as)) if need_a else x.new_empty(0)
-    grad_x = grad_ys[0].new_empty(x.shape) if need_x else x.new_empty(0)
-    return grad_x, grad_a, [lora_b.new_empty(lora_b.shape) for lora_b in lora_bs] if need_b else []
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, shape = call.x, (call.h.shape[1], call.x.shape[-1])
+    grad_a = x.new_empty(shape, dtype=stacked_dtype(call.lora_as)) if call.need_a else x.new_empty(0)
+    grad_x = empty_like(x, call.need_x, call.grad_ys[0].dtype)
+    return grad_x, grad_a, [empty_like(lora_b) for lora_b in call.lora_bs] if call.need_b else []
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor]) -> None:
-    x, weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, biases, dropout_p, seeds = inputs
-    ctx.save_for_backward(x, output[1], seeds, *weights, *lora_as, *lora_bs, *scales)
-    ctx.mark_non_differentiable(output[1])
-    ctx.scalars = counts, block_sizes, scalings, dropout_p
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
+def _backward(run: Any, call: Any, needs: Any, grad_ys: list[Tensor]) -> dict[str, Any]:
+    found = {}
+    need_a, need_b = any(needs.lora_as), any(needs.lora_bs)
+    if needs.x or need_a or need_b:
+        found["x"], grad_a, grad_bs = run(grad_ys=grad_ys, need_x=needs.x, need_a=need_a, need_b=need_b)
+        found["lora_as"] = split_grad_a(grad_a, call.lora_as) if need_a else None
+        found["lora_bs"] = grad_bs if need_b else None
+    found["weights"] = grad_weights(needs.weights, grad_ys, [call.x] * len(grad_ys), call.weights)
+    found["biases"] = grad_biases(needs.biases, grad_ys, call.biases)
+    return found
 
 
-def _backward(ops: Any, ctx: Any, grad_ys: list[Tensor], _: Any) -> tuple[Any, ...]:
-    x, h, seeds, *rest = ctx.saved_tensors
-    counts, block_sizes, scalings, dropout_p = ctx.scalars
-    n = len(counts)
-    weights, lora_as, lora_bs, scales = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-    need_x, need_weights, _, _, _, _, need_as, need_bs, _, need_biases, *_ = ctx.needs_input_grad
-    grad_x: Tensor | None = None
-    grad_as: list[Tensor | None] = [None] * n
-    grad_bs: list[Tensor | None] = [None] * n
-    need_a, need_b = any(need_as), any(need_bs)
-    if need_x or need_a or need_b:
-        lists = weights, scales, counts, block_sizes, lora_as, lora_bs, scalings
-        grad_x, grad_a, bs = ops.lora_qkv_backward(grad_ys, x, h, *lists, dropout_p, seeds, need_x, need_a, need_b)
-        grad_as = only(need_as, split_grad_a(grad_a, lora_as)) if need_a else grad_as
-        grad_bs = only(need_bs, bs) if need_b else grad_bs
-    return (
-        grad_x if need_x else None,
-        grad_weights(need_weights, grad_ys, [x] * n, weights),
-        [None] * len(scales),
-        *(None,) * 3,
-        grad_as,
-        grad_bs,
-        None,
-        grad_biases(need_biases, grad_ys, ctx.bias_dtypes),
-        None,
-        None,
-    )
-
-
-register("lora_qkv", _fake, _backward, _setup_context, triton="lora_qkv_triton")
-register("lora_qkv_backward", _fake_backward, raise_double_backward("lora_qkv"), triton="lora_qkv_triton")
+_saves = ("x", "h", "seeds", "weights", "lora_as", "lora_bs", "scales")
+Op("lora_qkv", _fake, _backward, _saves, _fake_backward, triton="lora_qkv_triton")

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import backends
-from peftkern._native import ops
 from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.engines.torch.multi_lora import multi_lora_linear as composed_multi
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
@@ -31,11 +30,13 @@ from peftkern.ops._linear import (
     check_linear,
     check_tensor,
     dense_weight,
+    empty_like,
+    grad_bias,
+    grad_weight,
     native_weight,
-    raise_double_backward,
 )
-from peftkern.ops._projections import grad_biases, grad_weights, only
-from peftkern.ops.lora_linear import check_dropout, check_lora
+from peftkern.ops._op import NATIVE, Op
+from peftkern.ops.lora_linear import WEIGHT, check_dropout, check_lora
 
 OP = "multi_lora_linear"
 
@@ -118,7 +119,7 @@ def multi_lora_linear(
     if implementation == "reference":
         return multi_lora_linear_reference(x, weight, lora_as, lora_bs, scalings, indices, bias, dropout_p, seed)
     adapters = _native_adapters(x, out_features, lora_as, lora_bs, scalings)
-    y, _ = ops.multi_lora_linear(x, *native_weight(weight), out_features, *adapters, indices, bias, dropout_p, seed)
+    y, _ = NATIVE.multi_lora_linear(x, *native_weight(weight), out_features, *adapters, indices, bias, dropout_p, seed)
     return y
 
 
@@ -160,99 +161,32 @@ def _check(
     return out_features
 
 
-@torch.library.register_fake("peftkern::multi_lora_linear")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    indices: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    width = max((lora_a.shape[0] for lora_a in lora_as), default=0)
-    h = x.new_empty((math.prod(x.shape[:-1]), width), dtype=torch.float32)
-    return x.new_empty((*x.shape[:-1], out_features)), h
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    width = max((lora_a.shape[0] for lora_a in call.lora_as), default=0)
+    h = call.x.new_empty((math.prod(call.x.shape[:-1]), width), dtype=torch.float32)
+    return call.x.new_empty((*call.x.shape[:-1], call.out_features)), h
 
 
-@torch.library.register_fake("peftkern::multi_lora_linear_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
-    scalings: list[float],
-    indices: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_as: list[int],
-    need_bs: list[int],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    empty = (0,)
+def _fake_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return (
-        grad_y.new_empty(x.shape if need_x else empty),
-        [lora_a.new_empty(lora_a.shape if need else empty) for lora_a, need in zip(lora_as, need_as)],
-        [lora_b.new_empty(lora_b.shape if need else empty) for lora_b, need in zip(lora_bs, need_bs)],
+        empty_like(call.x, call.need_x, call.grad_y.dtype),
+        [empty_like(lora_a, bool(need)) for lora_a, need in zip(call.lora_as, call.need_as)],
+        [empty_like(lora_b, bool(need)) for lora_b, need in zip(call.lora_bs, call.need_bs)],
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, *weight, block_size, _, lora_as, lora_bs, scalings, indices, bias, dropout_p, seed = inputs
-    ctx.save_for_backward(x, output[1], *weight, indices, seed, *lora_as, *lora_bs)
-    ctx.mark_non_differentiable(output[1])
-    ctx.scalars = block_size, scalings, dropout_p
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Any, ...]:
-    x, h, *rest = ctx.saved_tensors
-    weight, (indices, seed), adapters = rest[:5], rest[5:7], rest[7:]
-    block_size, scalings, dropout_p = ctx.scalars
-    count = len(scalings)
-    lora_as, lora_bs = adapters[:count], adapters[count:]
-    needs = ctx.needs_input_grad
-    need_x, need_weight, need_as, need_bs, need_bias = needs[0], needs[1], needs[8], needs[9], needs[12]
-    grad_x: Tensor | None = None
-    grad_as: list[Tensor | None] = [None] * count
-    grad_bs: list[Tensor | None] = [None] * count
-    if need_x or any(need_as) or any(need_bs):
-        lists = lora_as, lora_bs, scalings, indices
-        wanted = need_x, [int(need) for need in need_as], [int(need) for need in need_bs]
-        grad_x, as_, bs = ops.multi_lora_linear_backward(
-            grad_y, x, h, *weight, block_size, *lists, dropout_p, seed, *wanted
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    if needs.x or any(needs.lora_as) or any(needs.lora_bs):
+        need_as, need_bs = [int(need) for need in needs.lora_as], [int(need) for need in needs.lora_bs]
+        found["x"], found["lora_as"], found["lora_bs"] = run(
+            grad_y=grad_y, need_x=needs.x, need_as=need_as, need_bs=need_bs
         )
-        grad_as, grad_bs = only(need_as, as_), only(need_bs, bs)
-    (grad_weight,) = grad_weights([need_weight], [grad_y], [x], weight[:1])
-    (grad_bias,) = grad_biases([need_bias], [grad_y], [ctx.bias_dtype])
-    return (
-        grad_x if need_x else None,
-        grad_weight,
-        *(None,) * 6,
-        grad_as,
-        grad_bs,
-        None,
-        None,
-        grad_bias,
-        None,
-        None,
-    )
+    if needs.weight:
+        found["weight"] = grad_weight(grad_y, call.x, call.weight)
+    if needs.bias:
+        found["bias"] = grad_bias(grad_y, call.bias)
+    return found
 
 
-torch.library.register_autograd(f"peftkern::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"peftkern::{OP}_backward", raise_double_backward(OP))
+Op(OP, _fake, _backward, ("x", "h", *WEIGHT, "indices", "seed", "lora_as", "lora_bs"), _fake_backward)

@@ -12,7 +12,7 @@ from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import FLOATING
 from peftkern.ops._nf4 import check_nf4_weight
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, codebook
 
 
@@ -60,17 +60,8 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
     return NAMESPACES[implementation].nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
 
 
-def _fake(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(shape, dtype=dtype)
-
-
-register("nf4_dequantize", _fake, triton="nf4_dequantize_triton")
+Op(
+    "nf4_dequantize",
+    lambda call: call.codes.new_empty(call.shape, dtype=call.dtype),
+    triton="nf4_dequantize_triton",
+)

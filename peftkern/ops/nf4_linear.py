@@ -6,7 +6,6 @@ W is decoded in tiles inside the matrix product; nothing of size [out, in] is ma
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,10 +18,10 @@ from peftkern.ops._linear import (
     autocast,
     check_linear,
     dense_weight,
+    grad_bias,
     native_weight,
-    raise_double_backward,
 )
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -59,49 +58,22 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
     return NAMESPACES[implementation].nf4_linear(x, *native_weight(weight), out_features, bias)
 
 
-def _fake(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _fake(call: Any) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.out_features))
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    in_features: int,
-) -> Tensor:
-    return grad_y.new_empty((*grad_y.shape[:-1], in_features))
+def _fake_backward(call: Any) -> Tensor:
+    return call.grad_y.new_empty((*call.grad_y.shape[:-1], call.in_features))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, _, bias = inputs
-    ctx.save_for_backward(codes, absmax, nested_absmax, nested_quant_map, offset)
-    ctx.block_size = block_size
-    ctx.in_features = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
+    found = {}
+    if needs.x:
+        found["x"] = run(grad_y=grad_y, in_features=call.x.shape[-1])
+    if needs.bias:
+        found["bias"] = grad_bias(grad_y, call.bias)
+    return found
 
 
-def _backward(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = ops.nf4_linear_backward(grad_y, *ctx.saved_tensors, ctx.block_size, ctx.in_features)
-    if ctx.needs_input_grad[8]:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, None, None, grad_bias
-
-
-register("nf4_linear", _fake, _backward, _setup_context, triton="nf4_linear_triton")
-register("nf4_linear_backward", _fake_backward, raise_double_backward("nf4_linear"), triton="nf4_linear_triton")
+WEIGHT = ("codes", "absmax", "nested_absmax", "nested_quant_map", "offset")
+Op("nf4_linear", _fake, _backward, WEIGHT, _fake_backward, triton="nf4_linear_triton")

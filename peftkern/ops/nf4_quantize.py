@@ -18,6 +18,7 @@ from peftkern import backends
 from peftkern._native import caps, ops
 from peftkern.nf4 import NF4Weight
 from peftkern.ops._linear import FLOATING
+from peftkern.ops._op import Op
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
@@ -170,13 +171,17 @@ def nf4_quantize(
     return _quantize(weight, block_size, double_quant, ops.nf4_quantize, ops.nf4_quantize_absmax)
 
 
-@torch.library.register_fake("peftkern::nf4_quantize")
-def _fake(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    weight = call.weight
     codes = weight.new_empty((ceil_divide(weight.numel(), 2), 1), dtype=torch.uint8)
-    return codes, weight.new_empty(ceil_divide(weight.numel(), block_size), dtype=torch.float32)
+    return codes, weight.new_empty(ceil_divide(weight.numel(), call.block_size), dtype=torch.float32)
 
 
-@torch.library.register_fake("peftkern::nf4_quantize_absmax")
-def _fake_absmax(absmax: Tensor, quant_map: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_absmax(call: Any) -> tuple[Tensor, Tensor]:
+    absmax = call.absmax
     nested_blocks = ceil_divide(absmax.numel(), NESTED_BLOCK_SIZE)
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(nested_blocks)
+
+
+Op("nf4_quantize", _fake)
+Op("nf4_quantize_absmax", _fake_absmax)

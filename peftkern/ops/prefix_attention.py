@@ -25,9 +25,9 @@ from peftkern.ops._linear import (
     accumulate_dtype,
     check_tensor,
     computing_dtype,
-    raise_double_backward,
+    empty_like,
 )
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._op import NAMESPACES, Op
 
 # No score makes up for such a mask.
 _HIDDEN = -1e30
@@ -217,57 +217,24 @@ def _empty_heads(like: Tensor, shape: Any) -> Tensor:
     return like.new_empty((batch, rows, heads, columns)).transpose(1, 2)
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    query = call.query
     return _empty_heads(query, query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    attn_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    need_tokens: bool,
-    need_prefix: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = [_empty_heads(t, t.shape) if need_tokens else t.new_empty((0,)) for t in (query, key, value)]
-    prefix = [t.new_empty(t.shape if need_prefix else (0,)) for t in (prefix_key, prefix_value)]
-    return tokens[0], tokens[1], tokens[2], prefix[0], prefix[1]
+def _fake_backward(call: Any) -> tuple[Tensor, ...]:
+    tokens, prefix = (call.query, call.key, call.value), (call.prefix_key, call.prefix_value)
+    return (
+        *(_empty_heads(t, t.shape) if call.need_tokens else t.new_empty(0) for t in tokens),
+        *(empty_like(t, call.need_prefix) for t in prefix),
+    )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, is_causal, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.scalars = is_causal, scale
+def _backward(run: Any, call: Any, needs: Any, grad_out: Tensor) -> dict[str, Any]:
+    need_tokens, need_prefix = needs.query or needs.key or needs.value, needs.prefix_key or needs.prefix_value
+    grads = run(grad_out=grad_out, need_tokens=need_tokens, need_prefix=need_prefix)
+    return dict(zip(("query", "key", "value", "prefix_key", "prefix_value"), grads))
 
 
-def _backward(ops: Any, ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    grads = ops.prefix_attention_backward(grad_out, *tensors, out, lse, *ctx.scalars, any(needs[:3]), any(needs[3:]))
-    return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None
-
-
-register("prefix_attention", _fake, _backward, _setup_context, triton="prefix_attention_triton")
-register(
-    "prefix_attention_backward",
-    _fake_backward,
-    raise_double_backward("prefix_attention"),
-    triton="prefix_attention_triton",
-)
+_saves = ("query", "key", "value", "prefix_key", "prefix_value", "attn_mask", "out", "lse")
+Op("prefix_attention", _fake, _backward, _saves, _fake_backward, triton="prefix_attention_triton")

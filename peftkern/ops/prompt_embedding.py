@@ -16,8 +16,8 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.prompts import IGNORED_LABEL, prompt_in_front
-from peftkern.ops._linear import FLOATING, raise_double_backward
-from peftkern.ops._registration import NAMESPACES, register
+from peftkern.ops._linear import FLOATING
+from peftkern.ops._op import NAMESPACES, Op
 
 OP = "prompt_embedding"
 INTEGERS = (torch.int64, torch.int32)
@@ -203,67 +203,43 @@ def _check_range(name: str, ids: Tensor, count: int) -> None:
             raise ValueError(f"{OP}: {name} must be from 0 to {count - 1}, got {low if low < 0 else high}")
 
 
-def _fake(
-    input_ids: Tensor,
-    embedding_weight: Tensor,
-    prompt: Tensor,
-    prompt_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    position_ids: Tensor | None,
-    prompt_places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length = input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1]
-    extended = (
-        input_ids.new_empty(0) if values is None else values.new_empty((batch, length))
-        for values in (attention_mask, labels, position_ids)
+def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids, weight = call.input_ids, call.embedding_weight
+    batch, length = ids.shape[0], call.prompt.shape[-2] + ids.shape[1]
+    mask, targets, positions = (
+        ids.new_empty(0) if values is None else values.new_empty((batch, length))
+        for values in (call.attention_mask, call.labels, call.position_ids)
     )
-    mask, targets, positions = extended
-    return embedding_weight.new_empty((batch, length, embedding_weight.shape[1])), mask, targets, positions
+    return weight.new_empty((batch, length, weight.shape[1])), mask, targets, positions
 
 
-def _fake_backward(
-    grad: Tensor,
-    input_ids: Tensor,
-    prompt_ids: Tensor | None,
-    prompt_places: Tensor | None,
-    vocabulary: int,
-    prompts: int,
-    prompt_dtype: torch.dtype,
-    need_weight: bool,
-    need_prompt: bool,
-) -> tuple[Tensor, Tensor]:
-    features, rows = grad.shape[2], grad.shape[1] - input_ids.shape[1]
+def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
+    grad = call.grad
+    features, rows = grad.shape[2], grad.shape[1] - call.input_ids.shape[1]
     return (
-        grad.new_empty((vocabulary, features) if need_weight else (0,)),
-        grad.new_empty((prompts, rows, features) if need_prompt else (0,), dtype=prompt_dtype),
+        grad.new_empty((call.vocabulary, features) if call.need_weight else (0,)),
+        grad.new_empty((call.prompts, rows, features) if call.need_prompt else (0,), dtype=call.prompt_dtype),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    input_ids, embedding_weight, prompt, prompt_ids, *_, prompt_places = inputs
-    ctx.save_for_backward(input_ids, prompt_ids, prompt_places)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.vocabulary = embedding_weight.shape[0]
-    ctx.prompt_shape, ctx.prompt_dtype = prompt.shape, prompt.dtype
-
-
-def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    input_ids, prompt_ids, prompt_places = ctx.saved_tensors
-    need_weight, need_prompt = ctx.needs_input_grad[1:3]
-    if not (need_weight or need_prompt):
-        return (None,) * 8
-    prompts = 1 if prompt_ids is None else ctx.prompt_shape[0]
-    grad_weight, grad_prompt = ops.prompt_embedding_backward(
-        grad, input_ids, prompt_ids, prompt_places, ctx.vocabulary, prompts, ctx.prompt_dtype, need_weight, need_prompt
+def _backward(run: Any, call: Any, needs: Any, grad: Tensor) -> dict[str, Any]:
+    need_weight, need_prompt = needs.embedding_weight, needs.prompt
+    grad_weight, grad_prompt = run(
+        grad=grad,
+        vocabulary=call.embedding_weight.shape[0],
+        prompts=1 if call.prompt_ids is None else call.prompt.shape[0],
+        prompt_dtype=call.prompt.dtype,
+        need_weight=need_weight,
+        need_prompt=need_prompt,
     )
-    return (
-        None,
-        grad_weight if need_weight else None,
-        grad_prompt.view(ctx.prompt_shape) if need_prompt else None,
-        *(None,) * 5,
-    )
+    return {"embedding_weight": grad_weight, "prompt": grad_prompt.view(call.prompt.shape) if need_prompt else None}
 
 
-register(OP, _fake, _backward, _setup_context, triton="prompt_embedding_triton")
-register(f"{OP}_backward", _fake_backward, raise_double_backward(OP), triton="prompt_embedding_triton")
+Op(
+    OP,
+    _fake,
+    _backward,
+    ("input_ids", "prompt_ids", "prompt_places"),
+    _fake_backward,
+    triton="prompt_embedding_triton",
+)

@@ -9,7 +9,7 @@ from test_bottleneck_adapter import PARAMETERS, adapter_inputs, small
 from triton_cases import on
 
 from peftkern import bottleneck_adapter
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.bottleneck_adapter import ACTIVATIONS, bottleneck_adapter_reference
 
 

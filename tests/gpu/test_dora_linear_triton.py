@@ -13,7 +13,7 @@ from triton_cases import on
 from peftkern import dora_linear
 from peftkern.ops._dropout import draw_seed
 from peftkern.ops._linear import dense_weight, native_weight
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.dora_linear import DROPOUT_MODES, dora_norm, weight_square_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -19,7 +19,7 @@ from triton_cases import on
 
 from peftkern import ia3_linear
 from peftkern.ops._linear import native_weight
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.ia3_linear import ia3_linear_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

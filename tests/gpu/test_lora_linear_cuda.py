@@ -19,12 +19,14 @@ from torch import Tensor
 
 from peftkern import NF4Weight, lora_linear
 from peftkern._native import caps
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.lora_linear import lora_linear_reference
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"),
+    pytest.mark.skipif(
+        not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"
+    ),
 ]
 
 ops = NAMESPACES["cuda"].library

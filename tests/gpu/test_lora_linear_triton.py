@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, lora_linear
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.lora_linear import lora_linear_reference
 
 OUT, IN = 7, 33

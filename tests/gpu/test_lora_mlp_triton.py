@@ -12,8 +12,8 @@ from torch import Tensor
 from triton_cases import on
 
 from peftkern._native import ops as native_ops
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops._projections import draw_seeds, native_projections
-from peftkern.ops._registration import NAMESPACES
 from peftkern.ops.lora_mlp import ACTIVATIONS
 
 ops = NAMESPACES["triton"].library

@@ -20,8 +20,8 @@ from test_lora_qkv import IN, WEIGHTS, call, qkv, reference
 from torch import Tensor
 from triton_cases import on
 
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops._projections import draw_seeds, native_projections
-from peftkern.ops._registration import NAMESPACES
 
 # Of a product in two parts of 8 bits, and of dx in 16 bits, which is rounded after each of three GEMMs, some times.
 PRODUCT_ERROR = 2**-17 + 5e-6

@@ -23,14 +23,16 @@ from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from peftkern._native import caps
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_linear import nf4_linear_reference
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"),
+    pytest.mark.skipif(
+        not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"
+    ),
 ]
 
 BACKEND = DEVICE = "cuda"

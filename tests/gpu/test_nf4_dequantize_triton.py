@@ -10,7 +10,7 @@ from test_nf4_dequantize import DTYPES, assert_equal, random_weight
 from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_dequantize_triton import dequantize_into, merge_into
 from peftkern.ops.nf4_quantize import BLOCK_SIZES

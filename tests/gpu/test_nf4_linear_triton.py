@@ -20,7 +20,7 @@ from linear_cases import (
 from torch import Tensor
 
 from peftkern import NF4Weight, nf4_linear
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 from peftkern.ops._weight_triton import FEW_ROWS, runs_fused
 from peftkern.ops.nf4_linear import nf4_linear_reference
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_cases import on
 
 from peftkern import prefix_attention
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 
 ops = NAMESPACES["triton"].library
 

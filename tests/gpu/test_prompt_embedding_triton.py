@@ -9,7 +9,7 @@ from test_prompt_embedding import FP32_SUM, SIZES, by_loop, inputs_of
 from torch import Tensor
 
 from peftkern import prompt_embedding
-from peftkern.ops._registration import NAMESPACES
+from peftkern.ops._op import NAMESPACES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.engines.transforms import is_transformed
+
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Products are in the dtypes they are given in: the public functions have cast x already."""
@@ -34,7 +36,8 @@ class Function(torch.autograd.Function):
     @classmethod
     def run(cls, *inputs: Any) -> Any:
         """The op, differentiable where something asks for a gradient."""
-        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        differentiated = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        if torch.is_grad_enabled() and (differentiated or is_transformed()):
             return cls.apply(*inputs)
         with torch.no_grad():
             return cls.forward(*inputs)

@@ -27,6 +27,7 @@ class _Dora(Function):
     def forward(
         p: float,
         drop_base: bool,
+        need_z: bool,
         scaling: float,
         kind: Kind,
         x: Tensor,
@@ -51,9 +52,8 @@ class _Dora(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        p, drop_base, scaling, kind, x, lora_a, lora_b, g, bias, *parts = inputs
+        p, drop_base, need_z, scaling, kind, x, lora_a, lora_b, g, bias, *parts = inputs
         _, h, z, mask = output
-        need_z = g.requires_grad
         ctx.save_for_backward(x, h, z if need_z else None, mask, lora_a, lora_b, g, bias, *parts)
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         ctx.set_materialize_grads(False)
@@ -63,7 +63,7 @@ class _Dora(Function):
     def gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         x, h, z, mask, lora_a, lora_b, g, bias, *parts = ctx.saved_tensors
         p, drop_base, scaling, kind = ctx.scalars
-        need_x, need_a, need_b, need_g, need_bias = ctx.needs_input_grad[4:9]
+        need_x, need_a, need_b, need_g, need_bias = ctx.needs_input_grad[5:10]
         rows, dy, weight = flat(x), flat(grad_y), kind.weight(tuple(parts), g.shape[0], x.shape[-1])
         dz = scaled(dy, g)
         grad_x = grad_a = grad_b = grad_g = None
@@ -87,7 +87,7 @@ class _Dora(Function):
                 grad_x.add_(torch.ops.aten.native_dropout_backward(through, mask, kept_scale(p) * scaling))
             grad_x = grad_x.view(x.shape)
         grad_bias_ = grad_bias(dy, bias) if need_bias else None
-        return *(None,) * 4, grad_x, grad_a, grad_b, grad_g, grad_bias_, *(None,) * len(parts)
+        return *(None,) * 5, grad_x, grad_a, grad_b, grad_g, grad_bias_, *(None,) * len(parts)
 
 
 def dora_linear(
@@ -100,9 +100,13 @@ def dora_linear(
     bias: Tensor | None,
     p: float,
     drop_base: bool,
+    need_z: bool,
 ) -> Tensor:
-    """g * (x W^T + scaling * d(x) A^T B^T) + bias for x [..., in] and g [out], the magnitude over the norm."""
-    return _Dora.run(p, drop_base, scaling, weight.kind, x, lora_a, lora_b, g, bias, *weight.parts)[0]  # type: ignore[no-any-return]
+    """g * (x W^T + scaling * d(x) A^T B^T) + bias for x [..., in] and g [out], the magnitude over the norm.
+
+    `need_z` says whether g will be differentiated.
+    """
+    return _Dora.run(p, drop_base, need_z, scaling, weight.kind, x, lora_a, lora_b, g, bias, *weight.parts)[0]  # type: ignore[no-any-return]
 
 
 class _Norm(Function):

@@ -11,6 +11,7 @@ from peftkern.engines.torch.autograd import Function, flat, without_autocast
 from peftkern.engines.torch.decode import Kind, Weight
 from peftkern.engines.torch.linear import base, grad_bias
 from peftkern.engines.torch.products import column_sums, scaled
+from peftkern.engines.transforms import is_transformed
 
 
 class _OutputScaled(Function):
@@ -28,7 +29,7 @@ class _OutputScaled(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         kind, out, x, scale, bias, *parts = inputs
-        ctx.save_for_backward(output[1] if scale.requires_grad else None, scale, bias, *parts)
+        ctx.save_for_backward(output[1] if scale.requires_grad or is_transformed() else None, scale, bias, *parts)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.out, ctx.x_shape = kind, out, x.shape
@@ -62,7 +63,7 @@ class _InputScaled(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         kind, out, x, scale, bias, *parts = inputs
-        ctx.save_for_backward(x if scale.requires_grad else None, scale, bias, *parts)
+        ctx.save_for_backward(x if scale.requires_grad or is_transformed() else None, scale, bias, *parts)
         ctx.kind, ctx.out, ctx.x_shape = kind, out, x.shape
 
     @staticmethod
