@@ -34,10 +34,11 @@ GPU_RECORDS: dict[str, tuple[str, str]] = {}
 
 
 class Choice(NamedTuple):
-    """An implementation's name and why it was taken."""
+    """An implementation's name, why it was taken, and whether it was asked for by name."""
 
     implementation: str
     reason: str
+    asked: bool = False
 
 
 # Made once: every call of every op asks.
@@ -116,7 +117,7 @@ def _choose(op: str, x: torch.Tensor, backend: str | None, call: tuple[Any, ...]
         raise RuntimeError(f"{op}: backend 'cuda' {problem}")
     if name == "cuda" and (limit := _cuda_limit(op, x, call)):
         raise RuntimeError(f"{op}: backend 'cuda' {limit}; use backend='triton' or 'torch'")
-    return Choice(name, why)
+    return Choice(name, why, asked=True)
 
 
 def _auto_on_gpu(op: str, x: torch.Tensor, call: tuple[Any, ...]) -> Choice:

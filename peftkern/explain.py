@@ -121,7 +121,7 @@ def _chosen(path: str, op: str, probe: Tensor, state: str, *call: Any) -> Explan
         return Explanation(path, op, "torch", f"{state}; plain torch" if state else "plain torch")
     probe, _ = autocast(probe, None)
     try:
-        implementation, reason = backends.choose(op, probe, None, *call)
+        implementation, reason, _ = backends.choose(op, probe, None, *call)
     except RuntimeError as error:
         implementation, reason = "none", str(error)
     return Explanation(path, op, implementation, f"{state}; {reason}" if state else reason)

@@ -97,7 +97,7 @@ def explain(module: nn.Module) -> tuple[str, str, str]:
         return "attention", "torch", f"the model's attention is {name}; {ran}"
     probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     choice = backends.choose(_OP, probe.new_empty(0))
-    implementation = choice.implementation if choice.implementation == "cpu" else "torch"
+    implementation = "torch" if choice.implementation == "reference" and not choice.asked else choice.implementation
     return _OP, implementation, f"{choice.reason}; {ran}"
 
 
@@ -132,7 +132,9 @@ def _obstacle(
         if torch.get_num_threads() > _THREADS_PER_HEAD * batch * key.shape[1]:
             return "fewer heads of keys than half the threads"
     choice = backends.choose(_OP, query)
-    return transform_obstacle(query) if choice.implementation == "cpu" else choice.reason
+    if choice.implementation == "torch" or (choice.implementation == "reference" and not choice.asked):
+        return choice.reason  # without a prefix ours would be torch's own
+    return transform_obstacle(query)
 
 
 def _is_small(query: Tensor, key: Tensor) -> bool:
@@ -169,9 +171,7 @@ def attention_forward(
     # The one query of a decoding step sees all keys.
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     prefix = key.new_empty(key.shape[1], 0, key.shape[3])
-    y = prefix_attention(
-        query, key, value, prefix, prefix, attention_mask, is_causal, scaling, enable_gqa=True, backend="cpu"
-    )
+    y = prefix_attention(query, key, value, prefix, prefix, attention_mask, is_causal, scaling, enable_gqa=True)
     return y.transpose(1, 2).contiguous(), None
 
 

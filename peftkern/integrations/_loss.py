@@ -52,8 +52,7 @@ def explain(module: nn.Module) -> tuple[str, str, str]:
     """What runs the loss of such a model: (op, implementation, reason)."""
     probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     choice = backends.choose(OP, probe.new_empty(0))
-    implementation = choice.implementation if choice.implementation == "cpu" else "torch"
-    return OP, implementation, f"{choice.reason}; transformers' own below {_LEAST_LOGITS} logits"
+    return OP, choice.implementation, f"{choice.reason}; transformers' own below {_LEAST_LOGITS} logits"
 
 
 def _is_causal(module: Any) -> bool:
@@ -66,7 +65,7 @@ def _obstacle(logits: Tensor) -> str:
     if not torch.compiler.is_compiling() and logits.numel() < _LEAST_LOGITS:
         return "so small that torch's is faster"
     choice = backends.choose(OP, logits)
-    return transform_obstacle(logits) if choice.implementation == "cpu" else choice.reason
+    return transform_obstacle(logits) if choice.implementation != "reference" or choice.asked else choice.reason
 
 
 def causal_lm_loss(
@@ -86,7 +85,7 @@ def causal_lm_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index, reduction, backend="cpu")
+    loss = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index, reduction)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -9,6 +9,7 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import ia3
 from torch import Tensor, nn
 
+from peftkern import backends
 from peftkern.integrations._peft_base import (
     DENSE,
     Accelerated,
@@ -77,7 +78,8 @@ def fast(layer: Any, x: Tensor) -> Tensor:
 
 def _ia3(scale: Tensor, base: Base, scale_input: bool, x: Tensor) -> Tensor:
     x, bias = autocast(x, base.bias)
-    return ia3_linear_by("cpu", x, base.weight, scale, bias, scale_input)
+    implementation = backends.choose("ia3_linear", x).implementation
+    return ia3_linear_by(implementation, x, base.weight, scale, bias, scale_input)
 
 
 class Linear(Accelerated, MergesNF4, ia3.Linear):

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkern import backends
 from peftkern.integrations._peft_base import (
     DENSE,
     Accelerated,
@@ -224,7 +225,8 @@ def _lora(adapters: list[Parts], base: Base, x: Tensor) -> Tensor:
         b = torch.cat([adapter.b.weight.float() * adapter.scaling for adapter in at_once], 1)
         scaling = 1.0
     x, bias = autocast(x, _bias(at_once, base))
-    y = lora_linear_by("cpu", x, base.weight, a, b, scaling, bias, p)
+    implementation = backends.choose("lora_linear", x, None, base.weight, p).implementation
+    y = lora_linear_by(implementation, x, base.weight, a, b, scaling, bias, p)
     for adapter in others:
         y = y + _delta(adapter, x)
     return y.to(x.dtype)
@@ -241,7 +243,7 @@ def _delta(adapter: Parts, x: Tensor) -> Tensor:
 def _mixed(layer: Any, names: list[str], adapter_names: Sequence[str], base: Base, x: Tensor) -> Tensor:
     """Only the adapters in the batch: the others get no gradient, as in PEFT."""
     places = {name: i for i, name in enumerate(names)}
-    indices = torch.tensor([places.get(name, -1) for name in adapter_names], device=x.device)
+    indices = torch.tensor([places.get(name, -1) for name in adapter_names], device="cpu")
     lora_as, lora_bs = ([table[name].weight for name in names] for table in (layer.lora_A, layer.lora_B))
     p = parts_of(layer, names[0]).dropout_p
     scalings = [layer.scaling[name] for name in names]

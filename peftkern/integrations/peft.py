@@ -192,7 +192,7 @@ def explain_layer(
     ran = f"; ran {fast} times, PEFT's own {sum(stock.values())} times"
     try:
         obstacle = accelerated._obstacle(probe, (), call)
-        implementation, reason = backends.choose(op, autocast(probe, None)[0])
+        implementation, reason, _ = backends.choose(op, autocast(probe, None)[0])
     except RuntimeError as error:
         return op, "none", str(error)
     if obstacle:

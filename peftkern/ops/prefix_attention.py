@@ -124,7 +124,7 @@ def prefix_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if trained_mask and choice.implementation != "reference" and "asked" in choice.reason:
+    if trained_mask and choice.implementation != "reference" and choice.asked:
         name = choice.implementation
         raise RuntimeError(f"{op}: backend {name!r} gives attn_mask no gradient; use backend='reference'")
     if trained_mask or choice.implementation == "reference":

@@ -141,6 +141,7 @@ class Spec(NamedTuple):
 
     @staticmethod
     def of(projection: Projection) -> "Spec":
+        """What a projection is beside its tensors."""
         weight = projection.weight
         has_adapter, has_bias = projection.lora_a is not None, projection.bias is not None
         return Spec(projection.scaling, has_adapter, has_bias, len(weight.parts), weight.kind)
@@ -218,6 +219,7 @@ class Needed(NamedTuple):
 
     @staticmethod
     def of(spec: Spec, wanted: Iterator[bool]) -> "Needed":
+        """Takes a projection's flags from those of all tensors, in the order of `packed`."""
         lora_a, lora_b = (next(wanted), next(wanted)) if spec.has_adapter else (False, False)
         bias = next(wanted) if spec.has_bias else False
         parts = [next(wanted) for _ in range(spec.parts)]
