@@ -28,6 +28,8 @@ from peftkern.ops._linear import (
     autocast,
     check_tensor,
     computing_dtype,
+    number,
+    oracle,
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
@@ -42,6 +44,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(_FUNCTIONS)
 
 
+@oracle
 def bottleneck_adapter_reference(
     x: Tensor,
     down_weight: Tensor,
@@ -88,6 +91,7 @@ def bottleneck_adapter(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes, devices or values, or a backend that cannot run them.
     """
+    scaling = number(scaling)
     check_bottleneck("bottleneck_adapter", x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     x, _ = autocast(x, None)
     implementation = backends.choose("bottleneck_adapter", x, backend).implementation

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern._native import ops
-from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, raise_double_backward
+from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, oracle, raise_double_backward
 
 OP = "cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 
 
+@oracle
 def cross_entropy_reference(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """`cross_entropy` without a reduction, in plain torch, differentiable: fp32 (float64 for float64)."""
     wide = logits.to(accumulate_dtype(logits))

@@ -21,11 +21,13 @@ from peftkern.ops._linear import (
     check_tensor,
     dense_weight,
     native_weight,
+    oracle,
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
 
 
+@oracle
 def ia3_linear_reference(
     x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None = None, scale_input: bool = False
 ) -> Tensor:

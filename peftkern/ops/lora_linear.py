@@ -28,6 +28,8 @@ from peftkern.ops._linear import (
     computing_dtype,
     dense_weight,
     native_weight,
+    number,
+    oracle,
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
@@ -36,6 +38,7 @@ from peftkern.ops._registration import NAMESPACES, register
 CUDA_ROWS, CUDA_FEATURES = 8, 2**26
 
 
+@oracle
 def lora_linear_reference(
     x: Tensor,
     weight: Weight,
@@ -88,6 +91,7 @@ def lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
+    scaling, dropout_p = number(scaling), number(dropout_p)
     check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
     dropout_p = dropout_p if training else 0.0

@@ -18,11 +18,13 @@ from peftkern.ops._linear import (
     check_linear,
     dense_weight,
     native_weight,
+    oracle,
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
 
 
+@oracle
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """`nf4_linear` in plain torch, differentiable: fp32 (float64 for float64 x), rounded once to x's dtype."""
     compute = accumulate_dtype(x)

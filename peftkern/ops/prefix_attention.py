@@ -24,6 +24,8 @@ from peftkern.ops._linear import (
     accumulate_dtype,
     check_tensor,
     computing_dtype,
+    number,
+    oracle,
     raise_double_backward,
 )
 from peftkern.ops._registration import NAMESPACES, register
@@ -32,6 +34,7 @@ from peftkern.ops._registration import NAMESPACES, register
 _HIDDEN = -1e30
 
 
+@oracle
 def prefix_attention_reference(
     query: Tensor,
     key: Tensor,
@@ -112,6 +115,7 @@ def prefix_attention(
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
     op = "prefix_attention"
+    scale = number(scale)
     _check(op, query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale, enable_gqa)
     dtype = computing_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
