@@ -66,6 +66,16 @@ def _requested(backend: str | None) -> tuple[str, str]:
     return "auto", ""
 
 
+def check_environment(op: str) -> None:
+    """For calls that need not choose: raises ValueError if PEFTKERN_BACKEND is set to no backend's name."""
+    _check_name(op, os.environ.get("PEFTKERN_BACKEND") or "auto")
+
+
+def _check_name(op: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
 def choose(op: str, x: torch.Tensor, backend: str | None = None, *call: Any) -> Choice:
     """The implementation of `op` for input `x`; `call` is what else its CUDA_LIMITS look at, if that is known.
 
@@ -93,8 +103,7 @@ def choice_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
 
 def _choose(op: str, x: torch.Tensor, backend: str | None, call: tuple[Any, ...]) -> Choice:
     name, why = _requested(backend)
-    if name not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _check_name(op, name)
     runs_on_cpu = x.device.type == "cpu" and x.dtype in CPU_DTYPES
     if name == "auto":
         if runs_on_cpu:

@@ -112,7 +112,7 @@ def _explain_module(path: str, module: AdapterModule, x: Tensor | None, state: s
         return Explanation(path, module.op, "none", f"{state}: the base alone")
     first = next((p for p in (*module.parameters(), *module.stored_tensors()) if p.is_floating_point()), None)
     probe = x if x is not None and x.is_floating_point() else first
-    return _chosen(path, module.op, torch.empty(0) if probe is None else probe.new_empty(0), state)
+    return _chosen(path, module.op, torch.empty(0, device="cpu") if probe is None else probe.new_empty(0), state)
 
 
 def _chosen(path: str, op: str, probe: Tensor, state: str, *call: Any) -> Explanation:

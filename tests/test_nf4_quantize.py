@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern import NF4Weight, nf4_quantize
+from peftkern import NF4Weight, nf4_linear, nf4_quantize
 from peftkern._native import ops
+from peftkern.nn import NF4Linear
 from peftkern.ops.nf4_quantize import BLOCK_SIZES, codebook, dynamic_map, nested_reference, nf4_quantize_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -274,3 +275,17 @@ def test_opcheck(dtype: torch.dtype, seed: int) -> None:
     for shape in ((2, 64), (3, 33)):
         torch.library.opcheck(ops.nf4_quantize, (torch.randn(shape).to(dtype), 32))
     torch.library.opcheck(ops.nf4_quantize_absmax, (torch.rand(300), dynamic_map(), torch.tensor(0.5)))
+
+
+def test_under_another_default_device(seed: int) -> None:
+    """Its tables are not the caller's: in a process that has made none yet too."""
+    weight = torch.randn(5, 64)
+    expected = nf4_quantize(weight)
+    dynamic_map.cache_clear()
+    for quantize in (nf4_quantize, nf4_quantize_reference):
+        with torch.device("meta"):
+            assert_same(quantize(weight), expected)
+    layer = NF4Linear.from_linear(torch.nn.Linear(64, 5))
+    with torch.device("meta"):
+        assert layer.to_empty(device="cpu").weight.device.type == "cpu"
+        assert not nf4_linear(weight, expected).is_meta and not expected.dequantize().is_meta

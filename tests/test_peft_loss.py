@@ -70,6 +70,25 @@ def test_same_loss_and_gradients(option: str, dtype: torch.dtype, monkeypatch: p
     assert accelerated[0].dtype == torch.float32
 
 
+def test_logits_that_are_a_part(seed: int) -> None:
+    """The last tokens' of a padded vocabulary, whose rows torch's view does not join."""
+    wide = torch.randn(2, 11, 64).bfloat16().requires_grad_()
+    labels = torch.randint(0, 60, (2, 9))
+    results = []
+    for loss_of in (_loss.causal_lm_loss, _loss.ForCausalLMLoss):
+        loss = loss_of(wide[:, 2:, :60], labels, 60)
+        results.append([loss, *torch.autograd.grad(loss, wide)])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 30])
+def test_an_unknown_backend(least: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(_loss, "_LEAST_LOGITS", least)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpuu")
+    with pytest.raises(ValueError, match=r"cross_entropy: backend must be one of .*, got 'cpuu'"):
+        _loss.causal_lm_loss(torch.randn(2, 9, 60), torch.randint(0, 60, (2, 9)), 60)
+
+
 def test_explained_and_restored(seed: int) -> None:
     model = peftkern.accelerate(model_of())
     records = [record for record in peftkern.explain(model) if record.op == "cross_entropy"]

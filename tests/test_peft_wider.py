@@ -253,3 +253,12 @@ def test_small_layers_with_ia3_twice(seed, with_limits):
     model.base_model.set_adapter(["default", "1"])
     expected = model(rows())
     torch.testing.assert_close(peftkern.accelerate(model)(rows()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_an_unknown_backend_is_refused_whatever_the_size(method, monkeypatch, seed, with_limits):
+    layer = peftkern.accelerate(adapted(dense(), CONFIGS[method]())).base_model.model[0]
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpuu")
+    for count in (2, 1 << 14):
+        with pytest.raises(ValueError, match=rf"{method}_linear: backend must be one of .*, got 'cpuu'"):
+            layer(torch.randn(count, 64))

@@ -95,7 +95,7 @@ def explain(module: nn.Module) -> tuple[str, str, str]:
     name = module.__dict__["config"]._attn_implementation
     if name != NAME:
         return "attention", "torch", f"the model's attention is {name}; {ran}"
-    probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     choice = backends.choose(_OP, probe.new_empty(0))
     implementation = "torch" if choice.implementation == "reference" and not choice.asked else choice.implementation
     return _OP, implementation, f"{choice.reason}; {ran}"
@@ -128,6 +128,7 @@ def _obstacle(
         return "a mask that the op does not take"
     if not torch.compiler.is_compiling():  # a compiled graph has no sizes or threads of its own
         if _is_small(query, key):
+            backends.check_environment(_OP)
             return _TOO_SMALL
         if torch.get_num_threads() > _THREADS_PER_HEAD * batch * key.shape[1]:
             return "fewer heads of keys than half the threads"

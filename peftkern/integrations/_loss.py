@@ -50,7 +50,7 @@ def is_ours(module: nn.Module) -> bool:
 
 def explain(module: nn.Module) -> tuple[str, str, str]:
     """What runs the loss of such a model: (op, implementation, reason)."""
-    probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    probe = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     choice = backends.choose(OP, probe.new_empty(0))
     return OP, choice.implementation, f"{choice.reason}; transformers' own below {_LEAST_LOGITS} logits"
 
@@ -63,6 +63,7 @@ def _is_causal(module: Any) -> bool:
 def _obstacle(logits: Tensor) -> str:
     """Why transformers' own loss runs; empty if ours does."""
     if not torch.compiler.is_compiling() and logits.numel() < _LEAST_LOGITS:
+        backends.check_environment(OP)
         return "so small that torch's is faster"
     choice = backends.choose(OP, logits)
     return transform_obstacle(logits) if choice.implementation != "reference" or choice.asked else choice.reason
@@ -85,7 +86,7 @@ def causal_lm_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index, reduction)
+    loss = cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index, reduction)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch

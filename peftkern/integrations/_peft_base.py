@@ -83,6 +83,7 @@ def is_small(layer: Any, x: Any) -> bool:
         return False
     if not _has_least(layer, x):
         return False
+    backends.check_environment(layer._usual_op)
     return products < least.products_with_dropout or elements < least.rows * layer.in_features or not layer._drops()
 
 
@@ -104,7 +105,7 @@ def _has_least(layer: Any, x: Tensor) -> bool:
 def probe_of(layer: Any, x: Tensor | None) -> Tensor:
     """An input like the one that a layer will get, without rows; x gives device and dtype."""
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", torch.empty(0))
+    weight = getattr(base, "weight", torch.empty(0, device="cpu"))
     state = getattr(weight, "quant_state", None)
     dtype = getattr(base, "weight_dtype", weight.dtype) if state is None else state.dtype
     if x is not None and x.is_floating_point():

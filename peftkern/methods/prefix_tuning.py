@@ -131,7 +131,11 @@ class PrefixMethod(Method):
             raise ValueError(f"{self.name}: the model has a {CHILD!r} of its own")
         if existing is not None and adapter_name in existing.settings:
             raise ValueError(f"{self.name}: the model has a prefix {adapter_name!r} already")
-        text = None if text_ids is None else text_embeddings(self.name, model, sizes, torch.as_tensor(text_ids))
+        text = (
+            None
+            if text_ids is None
+            else text_embeddings(self.name, model, sizes, torch.as_tensor(text_ids, device="cpu"))
+        )
         model.requires_grad_(False)
         device = next(model.parameters()).device
         if existing is None:

@@ -136,7 +136,7 @@ def _probe_of(layers: Sequence[nn.Module]) -> Tensor | None:
         if isinstance(layer, Projects):
             return layer.probe()
     base = layers[0].base_layer if isinstance(layers[0], LoRALinear) else layers[0]
-    return torch.empty(0, dtype=weight_dtype(base)) if isinstance(base, nn.Linear) else None
+    return torch.empty(0, dtype=weight_dtype(base), device="cpu") if isinstance(base, nn.Linear) else None
 
 
 def _projection_of(layer: nn.Module, x: Tensor) -> AdaptedProjection | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import check_name
-from peftkern.ops._linear import FLOATING
+from peftkern.ops._linear import FLOATING, number
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class LoRASettings:
         if self.rank < 1:
             raise ValueError(f"LoRA: rank must be positive, got {self.rank}")
         for name in ("alpha", "dropout"):
-            value = getattr(self, name)
+            value = number(getattr(self, name))
+            object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"LoRA: {name} must be a number, got {value!r}")
         if not math.isfinite(self.alpha):

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkern.nn._adapters import AdapterModule, check_name
 from peftkern.nn.nf4_linear import _CALL_HOOKS
-from peftkern.ops._linear import FLOATING
+from peftkern.ops._linear import FLOATING, number
 from peftkern.ops.bottleneck_adapter import bottleneck_adapter, check_activation
 
 INITS = ("houlsby", "bert", "mam_adapter")
@@ -54,6 +54,8 @@ class BottleneckSettings:
         if self.bottleneck < 1:
             raise ValueError(f"BottleneckAdapter: bottleneck must be positive, got {self.bottleneck}")
         check_activation("BottleneckAdapter", self.activation)
+        for name in ("scaling", "init_scale"):
+            object.__setattr__(self, name, number(getattr(self, name)))
         if self.scaling != LEARNED:
             _check_number("scaling", self.scaling, f"a number or {LEARNED!r}")
         _check_number("init_scale", self.init_scale, "a number")

@@ -251,7 +251,7 @@ class NF4Linear(nn.Linear):
             if moved is bits:
                 return tensor
             if fixed[id(tensor)] == FORMAT_KEY and not moved.is_meta:  # `to_empty` lost the values
-                moved.copy_(torch.tensor(self._format_values()))
+                moved.copy_(torch.tensor(self._format_values(), device="cpu"))
             return moved.view(torch.float32) if floating else moved
 
         return super()._apply(keep_bytes, recurse)  # type: ignore[return-value]

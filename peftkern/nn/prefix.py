@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkern.nn._adapters import AdapterModule, check_name
-from peftkern.ops._linear import FLOATING
+from peftkern.ops._linear import FLOATING, number
 
 INITS = ("normal", "zero")
 
@@ -50,6 +50,7 @@ class PrefixSettings:
                 raise ValueError(f"Prefix: {name} must be positive, got {value}")
         if self.init not in INITS:
             raise ValueError(f"Prefix: init must be {' or '.join(map(repr, INITS))}, got {self.init!r}")
+        object.__setattr__(self, "dropout", number(self.dropout))
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
             raise TypeError(f"Prefix: dropout must be a number, got {self.dropout!r}")
         if not 0.0 <= self.dropout <= 1.0:

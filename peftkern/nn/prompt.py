@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.nn._prompts import PromptModule, _table, check_choice, check_count
+from peftkern.ops._linear import number
 from peftkern.ops.prompt_embedding import IGNORED_LABEL, PromptedInputs, prompt_embedding
 
 INITS = ("uniform", "uniform_positive", "normal", "sampled_vocab", "text")
@@ -72,6 +73,7 @@ class PromptEncoderSettings:
         if self.hidden_size is not None:
             check_count("hidden_size", self.hidden_size)
         check_count("num_layers", self.num_layers)
+        object.__setattr__(self, "dropout", number(self.dropout))
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
             raise TypeError(f"prompt: dropout must be a number, got {self.dropout!r}")
         if not 0.0 <= self.dropout <= 1.0:

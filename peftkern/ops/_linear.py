@@ -1,6 +1,9 @@
 """What the linear ops share: argument checks, autocast and the weight as the native ops take it."""
 
-from typing import Any
+import numbers
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +17,38 @@ NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 Weight = Tensor | NF4Weight
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def number(value: Any) -> Any:
+    """A number of another kind, such as numpy's, as a float; anything else as it is, to be checked."""
+    if isinstance(value, Tensor | bool) or type(value) in NUMBER:
+        return value
+    # torch.compile takes numpy's numbers for arrays without dimensions.
+    if torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0:
+        return torch.as_tensor(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def oracle(reference: Callable[P, T]) -> Callable[P, T]:
+    """A reference that computes in the dtypes it says, also under the caller's autocast."""
+
+    @wraps(reference)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        kind = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return reference(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return reference(*args, **kwargs)
+
+    return run
+
 
 def computing_dtype(x: Tensor) -> torch.dtype:
-    """x's dtype once autocast has cast it."""
+    """x's dtype once autocast has cast it, which leaves float64 alone as torch's does."""
+    if x.dtype == torch.float64:
+        return x.dtype
     kind = x.device.type
     # Meta has no autocast and may not even be asked.
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype

@@ -30,6 +30,8 @@ from peftkern.ops._linear import (
     check_tensor,
     computing_dtype,
     empty_like,
+    number,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -43,6 +45,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(_FUNCTIONS)
 
 
+@oracle
 def bottleneck_adapter_reference(
     x: Tensor,
     down_weight: Tensor,
@@ -89,6 +92,7 @@ def bottleneck_adapter(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes, devices or values, or a backend that cannot run them.
     """
+    scaling = number(scaling)
     check_bottleneck("bottleneck_adapter", x, down_weight, down_bias, up_weight, up_bias, activation, scaling, residual)
     x, _ = autocast(x, None)
     implementation = backends.choose("bottleneck_adapter", x, backend).implementation

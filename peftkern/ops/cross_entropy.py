@@ -16,13 +16,14 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch import cross_entropy as composed
-from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, empty_like
+from peftkern.ops._linear import FLOATING, accumulate_dtype, check_tensor, empty_like, oracle
 from peftkern.ops._op import NATIVE, Op
 
 OP = "cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 
 
+@oracle
 def cross_entropy_reference(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """`cross_entropy` without a reduction, in plain torch, differentiable: fp32 (float64 for float64)."""
     wide = logits.to(accumulate_dtype(logits))

@@ -35,6 +35,8 @@ from peftkern.ops._linear import (
     empty_like,
     grad_bias,
     native_weight,
+    number,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops.lora_linear import WEIGHT, check_lora, low_rank_product
@@ -43,6 +45,7 @@ DropoutMode = Literal["peft", "lora_only"]
 DROPOUT_MODES = ("peft", "lora_only")
 
 
+@oracle
 def dora_linear_reference(
     x: Tensor,
     weight: Weight,
@@ -87,6 +90,14 @@ def weight_square_norm(weight: Weight, *, backend: str | None = None) -> Tensor:
     return dense_weight(weight, wide).detach().square().sum(1)
 
 
+@oracle
+def _norm_reference(
+    lora_a: Tensor, lora_b: Tensor, weight: Weight, scaling: float | Tensor, compute: torch.dtype
+) -> Tensor:
+    change = scaling * (lora_b.to(compute) @ lora_a.to(compute))
+    return torch.linalg.vector_norm(dense_weight(weight, compute) + change, dim=1)
+
+
 def dora_norm(
     weight: Weight,
     lora_a: Tensor,
@@ -113,13 +124,12 @@ def dora_norm(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
+    scaling = number(scaling)
     probe = lora_a.new_empty((0, weight.shape[1]), dtype=dtype if dtype != torch.float64 else lora_a.dtype)
     check_lora("dora_norm", probe, weight, lora_a, lora_b, scaling, None, 0.0)
     implementation = backends.choose("dora_norm", probe, backend).implementation
     if implementation == "reference":
-        compute = accumulate_dtype(probe)
-        change = scaling * (lora_b.to(compute) @ lora_a.to(compute))
-        return torch.linalg.vector_norm(dense_weight(weight, compute) + change, dim=1)
+        return _norm_reference(lora_a, lora_b, weight, scaling, accumulate_dtype(probe))
     if isinstance(scaling, Tensor):
         lora_b, scaling = lora_b.float() * scaling, 1.0
     if implementation == "torch":
@@ -171,6 +181,7 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
     op = "dora_linear"
+    scaling, dropout_p = number(scaling), number(dropout_p)
     out_features, _ = check_lora(op, x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     vectors = {"magnitude": magnitude} if norm is None else {"magnitude": magnitude, "norm": norm}
     for name, tensor in vectors.items():

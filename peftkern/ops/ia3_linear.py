@@ -24,10 +24,12 @@ from peftkern.ops._linear import (
     dense_weight,
     empty_like,
     native_weight,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
 
+@oracle
 def ia3_linear_reference(
     x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None = None, scale_input: bool = False
 ) -> Tensor:

@@ -33,6 +33,8 @@ from peftkern.ops._linear import (
     grad_bias,
     grad_weight,
     native_weight,
+    number,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -40,6 +42,7 @@ from peftkern.ops._op import NAMESPACES, Op
 CUDA_ROWS, CUDA_FEATURES = 8, 2**26
 
 
+@oracle
 def lora_linear_reference(
     x: Tensor,
     weight: Weight,
@@ -92,6 +95,7 @@ def lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
+    scaling, dropout_p = number(scaling), number(dropout_p)
     check_lora("lora_linear", x, weight, lora_a, lora_b, scaling, bias, dropout_p)
     x, bias = autocast(x, bias)
     dropout_p = dropout_p if training else 0.0

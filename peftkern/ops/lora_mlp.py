@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.mlp import lora_mlp as composed_mlp
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like
+from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like, number, oracle
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
@@ -37,6 +37,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 Adapter = tuple[Tensor, Tensor, float | Tensor]
 
 
+@oracle
 def lora_mlp_reference(
     x: Tensor,
     projections: Sequence[Projection],
@@ -91,6 +92,7 @@ def lora_mlp(
     Raises:
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
+    dropout_p = number(dropout_p)
     projections = _checked(x, (gate, up, down), adapters, activation, dropout_p, biases)
     projections = [p._replace(bias=autocast(x, p.bias)[1]) for p in projections]
     x, _ = autocast(x, None)
@@ -121,7 +123,7 @@ def _checked(x: Any, weights: tuple[Any, ...], adapters: Any, activation: Any, d
         if adapter is not None and len(adapter) != 3:
             raise ValueError(f"lora_mlp: {name}'s adapter must be (A, B, scaling), got {len(adapter)} values")
         lora_a, lora_b, scaling = (None, None, 0.0) if adapter is None else adapter
-        projections.append(Projection(weight, lora_a, lora_b, scaling, bias))
+        projections.append(Projection(weight, lora_a, lora_b, number(scaling), bias))
     middle = check_projection("lora_mlp gate", x, projections[0], dropout_p)
     if check_projection("lora_mlp up", x, projections[1], dropout_p) != middle:
         raise ValueError(f"lora_mlp: up must have shape [{middle}, in] as gate, got {list(weights[1].shape)}")

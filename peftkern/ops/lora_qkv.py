@@ -18,7 +18,7 @@ from torch import Tensor
 from peftkern import backends
 from peftkern.engines.torch.linear import linears
 from peftkern.nf4 import NF4Weight
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like
+from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like, number, oracle
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
@@ -35,6 +35,7 @@ from peftkern.ops._projections import (
 )
 
 
+@oracle
 def lora_qkv_reference(
     x: Tensor, projections: Sequence[Projection], dropout_p: float = 0.0, seeds: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -87,6 +88,7 @@ def lora_qkv(
     for name, values in lists.items():
         if len(values) != len(weights):
             raise ValueError(f"lora_qkv: {name} must have {len(weights)} entries, as weights, got {len(values)}")
+    dropout_p, scalings = number(dropout_p), [number(scaling) for scaling in scalings]
     projections = [Projection(*values) for values in zip(weights, lora_as, lora_bs, scalings, biases)]
     for i, projection in enumerate(projections):
         check_projection(f"lora_qkv[{i}]", x, projection, dropout_p)

@@ -34,6 +34,8 @@ from peftkern.ops._linear import (
     grad_bias,
     grad_weight,
     native_weight,
+    number,
+    oracle,
 )
 from peftkern.ops._op import NATIVE, Op
 from peftkern.ops.lora_linear import WEIGHT, check_dropout, check_lora
@@ -41,6 +43,7 @@ from peftkern.ops.lora_linear import WEIGHT, check_dropout, check_lora
 OP = "multi_lora_linear"
 
 
+@oracle
 def multi_lora_linear_reference(
     x: Tensor,
     weight: Weight,
@@ -106,6 +109,9 @@ def multi_lora_linear(
             Under torch.compile an index out of range is a RuntimeError, as it is found later; the reference takes it
             for none.
     """
+    dropout_p = number(dropout_p)
+    if isinstance(scalings, Sequence):
+        scalings = [number(scaling) for scaling in scalings]
     out_features = _check(x, weight, lora_as, lora_bs, scalings, indices, bias, dropout_p)
     x, bias = autocast(x, bias)
     indices = indices.long()

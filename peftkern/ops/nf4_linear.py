@@ -20,10 +20,12 @@ from peftkern.ops._linear import (
     dense_weight,
     grad_bias,
     native_weight,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
 
+@oracle
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """`nf4_linear` in plain torch, differentiable: fp32 (float64 for float64 x), rounded once to x's dtype."""
     compute = accumulate_dtype(x)

@@ -36,7 +36,7 @@ CHUNK_ELEMENTS = 1 << 23
 
 def codebook() -> Tensor:
     """The 16 NF4 values, fp32, ascending."""
-    return torch.tensor(NF4_VALUES, dtype=torch.float32)
+    return torch.tensor(NF4_VALUES, dtype=torch.float32, device="cpu")
 
 
 @cache
@@ -44,10 +44,10 @@ def dynamic_map() -> Tensor:
     """The 256 values of the signed dynamic 8-bit map, fp32, ascending. Shared: copy it before giving it away."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         midpoints = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (exponent - 6)
         values += midpoints.tolist() + (-midpoints).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def ceil_divide(n: int, d: int) -> int:

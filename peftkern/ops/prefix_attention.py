@@ -26,6 +26,8 @@ from peftkern.ops._linear import (
     check_tensor,
     computing_dtype,
     empty_like,
+    number,
+    oracle,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -33,6 +35,7 @@ from peftkern.ops._op import NAMESPACES, Op
 _HIDDEN = -1e30
 
 
+@oracle
 def prefix_attention_reference(
     query: Tensor,
     key: Tensor,
@@ -113,6 +116,7 @@ def prefix_attention(
         TypeError, ValueError, RuntimeError: wrong types, shapes or devices, or a backend that cannot run them.
     """
     op = "prefix_attention"
+    scale = number(scale)
     _check(op, query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale, enable_gqa)
     dtype = computing_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
