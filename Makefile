@@ -1,16 +1,37 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv and build first.
+# Two commands do everything: `make demo` and `make test`. Both set up .venv and build first. `make test-all` adds the
+# slow tests and compiles the CUDA kernels.
+SHELL := bash
+.SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench setup clean adapters-golden peft-suite bnb-suite versions gpu-check
+.PHONY: demo test test-all cuda lint bench setup clean adapters-golden peft-suite bnb-suite versions gpu-check
 
-demo: setup
-	$(BIN)/peftkern finetune --compare --output runs/demo
+# The demo needs no other levels than this machine's; after `make test` they are there anyway.
+demo: $(VENV)/built$(if $(wildcard $(VENV)/built),,-native)
+	@echo "peftkern: 50 steps of QLoRA, then the same by HF PEFT + bitsandbytes, less than a minute each"
+	$(BIN)/peftkern finetune --compare --steps 50 --output runs/demo
 
+# A worker has one thread of torch's: two of each would wait for one another on two cores.
+JOBS ?= 2
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+# The slow ones start compilers and groups of processes, so one after another.
+test-all: test cuda
+	$(BIN)/python -m pytest -m slow
+
+# The CUDA kernels, for the tests that read their machine code: where no GPU is visible, nothing else builds them.
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+cuda: setup
+ifeq ($(NVCC),)
+	@echo "peftkern: no nvcc: the CUDA kernels are not compiled, and tests of their machine code are skipped"
+else
+	@echo "peftkern: compiling the CUDA kernels for every architecture (four minutes on two cores; then only what changed)"
+	$(BUILD) CMAKE_ARGS="$$CMAKE_ARGS -DPEFTKERN_LEVELS=all -DPEFTKERN_CUDA=ON" $(BIN)/python setup.py --quiet build_ext --inplace
+endif
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,15 +60,26 @@ versions: setup
 
 setup: $(VENV)/built
 
+PIP := $(BIN)/pip install --disable-pip-version-check --progress-bar off
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH"
+# Of pip's lines, the downloads of a megabyte and more, and what was installed.
+BRIEF := sed -un -e '/Downloading.*MB/p' -e '/^Successfully/p'
+
 # torch is pinned: an unpinned torch is a CUDA build of several GB.
 $(VENV)/installed: pyproject.toml Makefile
+	@echo "peftkern: 1 of 3, an environment in $(VENV), and what the build needs (torch is 190 MB)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.25" ninja pybind11 wheel
+	$(PIP) torch==2.13.0 | $(BRIEF)
+	$(PIP) "setuptools>=77" "cmake>=3.25" ninja pybind11 wheel | $(BRIEF)
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[hf,bench,examples,dev]"
+$(VENV)/built: LEVELS := all
+$(VENV)/built-native: LEVELS := native
+$(VENV)/built $(VENV)/built-native: $(VENV)/installed $(SOURCES)
+	@echo "peftkern: 2 of 3, compiling the kernels (levels: $(LEVELS))"
+	$(BUILD) CMAKE_ARGS="-DPEFTKERN_LEVELS=$(LEVELS) -DPEFTKERN_CUDA=AUTO $$CMAKE_ARGS" $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "peftkern: 3 of 3, the package and what its demo and tests import"
+	$(BUILD) CMAKE_ARGS="$$CMAKE_ARGS" $(PIP) --no-build-isolation -e ".[hf,bench,examples,dev]" | $(BRIEF)
 	touch $@
 
 # AdapterHub's library needs an older transformers than the tests: an environment of its own makes the files they read.

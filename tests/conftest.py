@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import slow_tests
 import torch
 
 from peftkern._native import caps
@@ -12,6 +13,12 @@ from peftkern.integrations import _peft_small
 
 # bitsandbytes is what tests compare with, so it must not run our kernels. Those of the backend turn it on.
 os.environ.setdefault("PEFTKERN_BNB", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if slow_tests.is_slow(item.path.name, getattr(item, "originalname", item.name)):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])

@@ -32,7 +32,6 @@ def levels_of(sources: set[str]) -> set[str]:
     return {match.group(1) for name in sources if (match := re.search(r"/kernels_(\w+)\.cpp", name))}
 
 
-@pytest.mark.slow
 def test_native_is_scalar_and_the_best_of_this_cpu(tmp_path):
     """What `make demo` builds; and without a GPU no CUDA source, whether there is an nvcc or not."""
     done = configured(tmp_path, "-DPEFTKERN_LEVELS=native")
@@ -45,7 +44,6 @@ def test_native_is_scalar_and_the_best_of_this_cpu(tmp_path):
         assert "CUDA: not built, no GPU is visible" in done.stdout
 
 
-@pytest.mark.slow
 def test_levels_by_name(tmp_path):
     """AVX-512-BF16 quantises as the level below does, whose kernels are not built for that."""
     done = configured(tmp_path, "-DPEFTKERN_LEVELS=avx512bf16", "-DPEFTKERN_CUDA=OFF")
@@ -57,7 +55,6 @@ def test_levels_by_name(tmp_path):
     assert "CPU levels: scalar,avx512bf16" in done.stdout
 
 
-@pytest.mark.slow
 def test_an_unknown_level(tmp_path):
     done = configured(tmp_path, "-DPEFTKERN_LEVELS=avx1024")
     assert done.returncode == 1

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftkern.cli import data, training
+from peftkern.cli import data, report, training
 from peftkern.cli.errors import UsageError
 
 SEED = 20
@@ -99,3 +99,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"old"
+
+
+def test_slow_steps_are_shown_one_by_one(monkeypatch, capsys):
+    """The first at once, and then none is more than some seconds behind, in a log as well."""
+    now = 100.0
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    with report.progress("name", steps=100) as display:
+        for step in range(1, 7):
+            now += 1 if step <= 3 else report.PLAIN_SECONDS
+            display.update(step, 1.0, 10.0)
+    shown = [line.split("/")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["1", "4", "5", "6"]

@@ -23,7 +23,7 @@ KINDS = ((1, 1), (1, 2), (2, 1))
 MOST_INSTRUCTIONS = {(1, 1): (1.85, 2.15), (1, 2): (1.7, 2.05), (2, 1): (2.25, 2.55)}
 
 pytestmark = [
-    pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"),
+    pytest.mark.skipif(not ARCHS, reason="built without CUDA kernels, which `make cuda` compiles"),
     pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump"),
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slow_tests
 
 import peftkern
 from peftkern.methods import Method
@@ -102,6 +103,18 @@ def test_instruction_set_files_are_plain(name):
 def test_every_level_has_its_files():
     levels = {Path(name).stem.partition("_")[2] for name in ISA_FILES if "/kernels_" in name}
     assert levels == {"scalar", "avx2", "avx512", "avx512bf16"}
+
+
+def test_slow_tests_exist():
+    """A renamed one would slip back into `make test`; an op whose every test is slow would slip out of it."""
+    assert [name for name in slow_tests.FILES if f"tests/{name}" not in FILES] == []
+    for name, tests in slow_tests.TESTS.items():
+        functions = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / name).read_text(), re.M))
+        assert set(tests) < functions, name
+    quick = {name for name in FILES if re.fullmatch(r"tests/test_\w+\.py", name)} - {
+        f"tests/{name}" for name in slow_tests.FILES
+    }
+    assert {f"tests/test_{stem(schema)}.py" for schema in SCHEMAS if stem(schema) not in NOT_AN_OP} <= quick
 
 
 def test_no_path_of_a_machine():

@@ -81,6 +81,7 @@ class _Task:
         """Trains and gives a run's figures: speed without evaluation, losses, bits per byte after."""
         with report.progress(name, self.settings.steps) as display:
             run = train(model, self.tokens.train, self.settings, self.output / checkpoint, resume, display)
+        print(f"{name}: measuring the held-out text again", flush=True)
         last = run.losses[-FINAL_STEPS:]
         return {
             "bits_per_byte_after": self.bits_per_byte(model),
@@ -129,6 +130,7 @@ def _load_adapted(task: _Task) -> nn.Module:
 
 def _train_peer(task: _Task, first_adapter: Path, resume: dict | None) -> dict[str, Any]:
     name = peers.NAMES[task.settings.method]
+    print(f"the same steps by {name}, loading the model", flush=True)
     model = peers.load(task.settings.method, task.folder, first_adapter, task.dtype)
     return {"name": name, **task.train(name, model, PEER_CHECKPOINT, resume)}
 
@@ -160,6 +162,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError, OSError, Diverged, Interrupted: as `peftkern.cli.main` reports them.
     """
     loading.check_installed()
+    # Importing transformers takes seconds.
+    print(f"peftkern finetune: {args.steps} steps of {args.method}, loading the model and the text", flush=True)
     if args.compare:
         peers.check_installed(args.method)
     if args.threads:

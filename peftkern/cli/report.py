@@ -1,7 +1,9 @@
 """What `peftkern finetune` shows: progress, the loss curve and the comparison."""
 
 import io
+import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +12,7 @@ from itertools import accumulate
 from peftkern.cli.training import Display
 
 PLAIN_LINES = 20
+PLAIN_SECONDS = 5.0
 CURVE_SMOOTHING = 0.9
 
 
@@ -18,14 +21,17 @@ def _status(loss: float, per_second: float, unit: str) -> str:
 
 
 class _Lines:
-    """A line of text every few steps, for logs."""
+    """A line of text for the first step, and every few, for logs; none is silent for long, however slow its steps."""
 
     def __init__(self, label: str, steps: int, unit: str) -> None:
         self.label, self.steps, self.unit = label, steps, unit
         self.every = max(1, steps // PLAIN_LINES)
+        self.shown_at = -math.inf
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        if step % self.every == 0 or step == self.steps:
+        late = time.monotonic() - self.shown_at >= PLAIN_SECONDS
+        if late or step % self.every == 0 or step == self.steps:
+            self.shown_at = time.monotonic()
             print(f"{self.label}: step {step}/{self.steps}  {_status(loss, tokens_per_second, self.unit)}", flush=True)
 
 

@@ -24,9 +24,7 @@ from peftkern.ops.lora_linear import lora_linear_reference
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(
-        not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"
-    ),
+    pytest.mark.skipif(not caps.cuda_archs(), reason="built without CUDA kernels, which `make cuda` compiles"),
 ]
 
 ops = NAMESPACES["cuda"].library

@@ -30,9 +30,7 @@ from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(
-        not caps.cuda_archs(), reason="built without CUDA kernels: `make cuda` compiles them, with nvcc"
-    ),
+    pytest.mark.skipif(not caps.cuda_archs(), reason="built without CUDA kernels, which `make cuda` compiles"),
 ]
 
 BACKEND = DEVICE = "cuda"
