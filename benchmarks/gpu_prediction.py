@@ -11,15 +11,15 @@ from benchmarks import fake_cuda
 if __name__ == "__main__":
     fake_cuda.load()
 
-import argparse  # noqa: E402 -- torch comes after the fake device
-import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from dataclasses import asdict, dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
 ROWS, FEATURES, RANK = 8192, 4096, 16
 BEGIN, END = "<!-- predicted: begin -->", "<!-- predicted: end -->"
@@ -58,13 +58,14 @@ CASES = [
 def counted(case: Case, ours: bool, rows: int = ROWS, features: int = FEATURES) -> fake_cuda.Counts:
     """What a step of the case counts, by this library or by stock PEFT (and bitsandbytes, for nf4)."""
     layer = _peft_layer(case, features)
+    state = getattr(layer.base_layer.weight, "quant_state", None)
     with fake_cuda.fake_cuda():
         fake_cuda.faked(layer)
-        _fake_quant_state(layer)
+        scales = _fake_quant_state(layer, state)
         layer.train()
         x = torch.empty(rows, features, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        run, tensors = (_our_call(case, layer), _tensors(layer)) if ours else (layer, _tensors(layer))
-        return fake_cuda.counted(run, x, tensors=tensors, expand=_expansions())
+        tensors = [*layer.parameters(), *layer.buffers(), *scales]
+        return fake_cuda.counted(_our_call(layer) if ours else layer, x, tensors=tensors, expand=_expansions())
 
 
 def _peft_layer(case: Case, features: int) -> Any:
@@ -75,14 +76,16 @@ def _peft_layer(case: Case, features: int) -> Any:
     if case.weight == "nf4":
         import bitsandbytes
 
-        base = bitsandbytes.nn.Linear4bit(features, features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+        base = bitsandbytes.nn.Linear4bit(
+            features, features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+        )
         base.to("cpu")
     else:
         base = nn.Linear(features, features, bias=False, dtype=torch.bfloat16)
     base.requires_grad_(False)
     if case.method == "(IA)^3":
         kind = ia3.Linear4bit if case.weight == "nf4" else ia3.Linear
-        layer = kind(base, "default", is_feedforward=False, **_of(kind, IA3Config()))
+        layer = kind(base, "default", config=IA3Config(), is_feedforward=False)
         factors = [layer.ia3_l]
     else:
         kind = lora.Linear4bit if case.weight == "nf4" else lora.Linear
@@ -94,34 +97,25 @@ def _peft_layer(case: Case, features: int) -> Any:
     return layer
 
 
-def _of(kind: Any, config: Any) -> dict[str, Any]:
-    import inspect
-
-    return {"config": config} if "config" in inspect.signature(kind.__init__).parameters else {}
-
-
-def _fake_quant_state(layer: Any) -> None:
-    """bitsandbytes keeps a weight's scales beside it."""
-    weight = layer.base_layer.weight
-    state = getattr(layer, "_quant_state", None)
+def _fake_quant_state(layer: Any, state: Any) -> list[Tensor]:
+    """bitsandbytes keeps a weight's scales beside it; they become fake too."""
     if state is None:
-        return
+        return []
+    made = []
     for owner, names in ((state, ("absmax", "code", "offset")), (state.state2, ("absmax", "code"))):
         for name in names:
-            tensor = getattr(owner, name)
-            setattr(owner, name, torch.empty_like(tensor, device="cuda"))
-    weight.quant_state, weight.quant_type = state, "nf4"
+            made.append(torch.empty_like(getattr(owner, name), device="cuda"))
+            setattr(owner, name, made[-1])
+    weight = layer.base_layer.weight
+    weight.quant_state, weight.quant_type, weight.bnb_quantized = state, "nf4", True
+    return made
 
 
-def _tensors(layer: Any) -> list[Tensor]:
-    state = getattr(layer, "_quant_state", None)
-    own = [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return [*layer.parameters(), *layer.buffers(), *own]
+def _our_call(layer: Any) -> Callable[[Tensor], Tensor]:
+    """What `accelerate` runs in the layer's place. Past its look at the call, which takes fake tensors for special."""
+    from peftkern.integrations.peft import accelerate
 
-
-def _our_call(case: Case, layer: Any) -> Callable[[Tensor], Tensor]:
-    """The op on the same tensors, as `accelerate` calls it."""
-    raise NotImplementedError
+    return accelerate(layer)._fast  # type: ignore[no-any-return]
 
 
 def _expansions() -> dict[Any, Callable[..., Tensor]]:
@@ -150,3 +144,65 @@ def _expansions() -> dict[Any, Callable[..., Tensor]]:
         return nn.functional.linear(A, dense, bias)
 
     return {library.gemm_4bit.default: gemm_4bit}
+
+
+def row(case: Case) -> dict[str, Any]:
+    """Both sides of a case, and the roofline's time on every chip."""
+    sides = {}
+    for name, ours in (("peftkern", True), ("peft", False)):
+        counts = counted(case, ours)
+        sides[name] = {
+            "launches": counts.launches,
+            "bytes": counts.nbytes,
+            "flops": counts.flops,
+            "saved": counts.saved,
+            "peak": counts.peak,
+            "ms": {chip: round(1e3 * counts.seconds(of), 4) for chip, of in fake_cuda.CHIPS.items()},
+        }
+    return {"case": asdict(case), "name": str(case), **sides}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """In markdown: peftkern's figures and, behind a bar, PEFT's."""
+    chips = list(fake_cuda.CHIPS)
+    head = ["a step of one layer", "launches", "GB moved", "MB saved", *(f"{chip}, ms" for chip in chips)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in rows:
+        ours, theirs = each["peftkern"], each["peft"]
+        cells = [f"{ours['launches']} / {theirs['launches']}"]
+        cells.append(f"{ours['bytes'] / 1e9:.2f} / {theirs['bytes'] / 1e9:.2f}")
+        cells.append(f"{ours['saved'] / 1e6:.0f} / {theirs['saved'] / 1e6:.0f}")
+        cells += [f"{ours['ms'][chip]:.2f} / {theirs['ms'][chip]:.2f}" for chip in chips]
+        lines.append(f"| {each['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--update", type=Path, help="the document whose table to replace")
+    parser.add_argument("--ops", help="show every op of the case of this name")
+    options = parser.parse_args()
+    if options.ops:
+        for ours in (True, False):
+            counts = counted(next(case for case in CASES if str(case) == options.ops), ours)
+            print("peftkern" if ours else "peft", counts.launches, f"{counts.nbytes / 1e9:.2f} GB")
+            for each in counts.rows:
+                print(
+                    f"  {each.phase[:3]} {each.name:40} {each.nbytes / 1e6:8.1f} MB", *each.inputs, "->", *each.outputs
+                )
+        return
+    rows = [row(case) for case in CASES]
+    print(table(rows))
+    if options.output:
+        settings = {"rows": ROWS, "features": FEATURES, "rank": RANK, "torch": torch.__version__}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    if options.update:
+        text = options.update.read_text()
+        before, rest = text.split(BEGIN)
+        options.update.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

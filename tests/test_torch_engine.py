@@ -102,7 +102,7 @@ def test_parts_of_fp32_factors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
     x, small = torch.randn(300, 130).to(dtype), torch.randn(300, 5)
     factor, wide = torch.randn(5, 130), torch.randn(130, 5)
-    monkeypatch.setattr(products, "writes_fp32", lambda x: True)
+    monkeypatch.setattr(products, "takes_parts", lambda x: True)
     monkeypatch.setattr(torch, "mm", mm)
     limit = 2**-16 if dtype == torch.bfloat16 else 2**-20
     assert relative_error(products.down(x, factor), x.double() @ factor.double().t()) <= limit

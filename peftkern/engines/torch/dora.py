@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkern.engines.torch.autograd import Function, flat, without_autocast
 from peftkern.engines.torch.decode import Kind, Weight
 from peftkern.engines.torch.linear import base, dropped, dropped_again, grad_bias, kept_scale
-from peftkern.engines.torch.products import add_up, column_sums, down, outer_sums, scaled, up
+from peftkern.engines.torch.products import Small, add_up, column_sums, down, outer_sums, scaled, up
 
 # Of a tile of fp32 rows: 16 MB.
 TILE_ELEMENTS = 1 << 22
@@ -71,7 +71,7 @@ class _Dora(Function):
             grad_g = column_sums(dy, z).to(g.dtype)
         if need_b:
             grad_b = outer_sums(h, dz, scaling, lora_b.dtype, columns_first=True)
-        dh = down(dz, lora_b.t()) if need_x or need_a else None
+        dh = Small(down(dz, lora_b.t())) if need_x or need_a else None
         if need_a and dh is not None:
             grad_a = outer_sums(dh, dropped_again(rows, mask, p), scaling, lora_a.dtype)
         if need_x and dh is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkern.engines.torch.autograd import Function, flat, without_autocast
 from peftkern.engines.torch.decode import DENSE, Kind, Weight
-from peftkern.engines.torch.products import add_up, column_sums, down, outer_sums, up
+from peftkern.engines.torch.products import Small, add_up, column_sums, down, outer_sums, up
 
 
 class Projection(NamedTuple):
@@ -119,7 +119,7 @@ def backward(
             grad_bs[i] = outer_sums(h, dy, scaling, lora_b.dtype, columns_first=True)
         if not (needs.x or needs.lora_a[i]):
             continue
-        dh = down(dy, lora_b.t())  # scaled where it is used
+        dh = Small(down(dy, lora_b.t()))  # scaled where it is used
         if needs.lora_a[i]:
             grad_as[i] = outer_sums(dh, dropped_again(x, mask, p), scaling, lora_a.dtype)
         if grad_x is not None and mask is None:

@@ -2,9 +2,10 @@
 
 A factor in x's dtype is one product of the library. An fp32 factor of 16-bit activations costs no fp32 copy of these:
 
-- where the library multiplies 16 bits into fp32 (CUDA, ROCm), the factor is taken apart into two 16-bit parts, high and
-  low, 2^-17 of it in error for bf16, and one product has both;
-- elsewhere the product is fp32, in blocks of rows that stay in a cache.
+- where the library multiplies 16 bits into fp32 (CUDA, ROCm), fp32 numbers are taken apart into two 16-bit parts, high
+  and low, 2^-17 of them in error for bf16, and one product has both;
+- elsewhere, and for few rows, where launches are what costs, the product is fp32, in blocks of rows: of a size that
+  stays in a core's cache, or for other devices a bound on memory.
 """
 
 from collections.abc import Iterator
@@ -12,85 +13,124 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of fp32 in a block of rows: 1 MB, what a core's cache keeps.
+# Elements of a block of rows that is copied to fp32: 1 MB on the CPU, 64 MB elsewhere.
 BLOCK_ELEMENTS = 1 << 18
-# For devices without such caches, where a block is there to bound memory: 64 MB.
 DEVICE_BLOCK_ELEMENTS = 1 << 24
+# With no more elements of x, an fp32 copy of it takes less time than the launches that parts would need.
+FEW_ELEMENTS = 1 << 20
 
 
-def writes_fp32(x: Tensor) -> bool:
-    """Whether the device's library multiplies x's 16 bits into fp32."""
-    return x.device.type == "cuda" and x.dtype != torch.float32
+def takes_parts(x: Tensor) -> bool:
+    """Whether what is fp32 is taken apart to be multiplied with x."""
+    return x.device.type == "cuda" and x.dtype != torch.float32 and x.numel() > FEW_ELEMENTS
+
+
+class Small:
+    """[rows, rank] that is multiplied more than once: its parts are made once, in the dtype of what it meets.
+
+    `parts` is [rows, 3 * rank]: high, high, low.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._parts: Tensor | None = None
+
+    @staticmethod
+    def of(values: "Tensor | Small") -> "Small":
+        """What is multiplied once may be given as a tensor."""
+        return values if isinstance(values, Small) else Small(values)
+
+    def parts(self, dtype: torch.dtype) -> Tensor:
+        """High, high and low side by side; of 16-bit values low is zero."""
+        if self._parts is None:
+            rows, rank = self.values.shape
+            parts = self.values.new_empty((rows, 3, rank), dtype=dtype)
+            parts[:, :2].copy_(self.values.unsqueeze(1).expand(rows, 2, rank))
+            torch.sub(self.values, parts[:, 0], out=parts[:, 2])
+            self._parts = parts.view(rows, 3 * rank)
+        return self._parts
 
 
 def down(x: Tensor, factor: Tensor) -> Tensor:
     """x @ factor^T [rows, rank] in the factor's dtype, for x [rows, columns], factor [rank, columns]."""
     if factor.dtype == x.dtype:
         return x @ factor.t()
-    if writes_fp32(x):
-        return _halves_added(torch.mm(x, _taken_apart(factor, x.dtype).t(), out_dtype=torch.float32), 1)
+    if takes_parts(x):
+        rank = factor.shape[0]
+        parts = factor.new_empty((2 * rank, factor.shape[1]), dtype=x.dtype)
+        parts[:rank].copy_(factor)
+        torch.sub(factor, parts[:rank], out=parts[rank:])
+        return _halves_added(torch.mm(x, parts.t(), out_dtype=torch.float32), 1)
     small = x.new_empty((x.shape[0], factor.shape[0]), dtype=factor.dtype)
     for block in _blocks(x):
         torch.mm(x[block].to(factor.dtype), factor.t(), out=small[block])
     return small
 
 
-def add_up(y: Tensor, small: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """y += scale * small @ factor^T, in place, for y [rows, columns], small [rows, rank], factor [columns, rank]."""
-    if small.dtype == factor.dtype == y.dtype:
-        return y.addmm_(small, factor.t(), alpha=scale)
-    if writes_fp32(y):
-        smalls, factors = _products_parts(small, factor, y.dtype)
-        return y.addmm_(smalls, factors.t(), alpha=scale)
-    small, factor = small.to(torch.float32), factor.to(torch.float32)
+def add_up(y: Tensor, small: Tensor | Small, factor: Tensor, scale: float) -> Tensor:
+    """y += scale * small @ factor^T, in place, for y [rows, columns] and factor [columns, rank]."""
+    small = Small.of(small)
+    values = small.values
+    if values.dtype == factor.dtype == y.dtype:
+        return y.addmm_(values, factor.t(), alpha=scale)
+    if takes_parts(y):
+        return y.addmm_(small.parts(y.dtype), _factor_parts(factor, y.dtype).t(), alpha=scale)
+    values, factor = values.to(torch.float32), factor.to(torch.float32)
     for block in _blocks(y):
-        y[block].copy_(torch.addmm(y[block].to(torch.float32), small[block], factor.t(), alpha=scale))
+        y[block].copy_(torch.addmm(y[block].to(torch.float32), values[block], factor.t(), alpha=scale))
     return y
 
 
-def up(small: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def up(small: Tensor | Small, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """small @ factor^T [rows, columns] in `dtype`, rounded once."""
-    if small.dtype == factor.dtype == dtype:
-        return small @ factor.t()
-    y = small.new_empty((small.shape[0], factor.shape[0]), dtype=dtype)
-    if writes_fp32(y):
-        smalls, factors = _products_parts(small, factor, dtype)
-        return torch.mm(smalls, factors.t(), out=y)
-    small, factor = small.to(torch.float32), factor.to(torch.float32)
+    small = Small.of(small)
+    values = small.values
+    if values.dtype == factor.dtype == dtype:
+        return values @ factor.t()
+    y = values.new_empty((values.shape[0], factor.shape[0]), dtype=dtype)
+    if takes_parts(y):
+        return torch.mm(small.parts(dtype), _factor_parts(factor, dtype).t(), out=y)
+    values, factor = values.to(torch.float32), factor.to(torch.float32)
     for block in _blocks(y):
-        y[block].copy_(small[block] @ factor.t())
+        y[block].copy_(values[block] @ factor.t())
     return y
 
 
-def outer_sums(small: Tensor, x: Tensor, scale: float, dtype: torch.dtype, *, columns_first: bool = False) -> Tensor:
+def outer_sums(
+    small: Tensor | Small, x: Tensor, scale: float, dtype: torch.dtype, *, columns_first: bool = False
+) -> Tensor:
     """scale * small^T @ x [rank, columns] in `dtype`, or its transpose: the sum over the rows of both."""
-    first, second = (x, small) if columns_first else (small, x)
-    if small.dtype == x.dtype:
-        if dtype != x.dtype and writes_fp32(x):
+    small = Small.of(small)
+    values = small.values
+    first, second = (x, values) if columns_first else (values, x)
+    if values.dtype == x.dtype:
+        if dtype != x.dtype and takes_parts(x):
             total = torch.mm(first.t(), second, out_dtype=torch.float32)
         else:
             total = first.t() @ second
-    elif writes_fp32(x):
-        parts = _taken_apart(small, x.dtype, 1)
+    elif takes_parts(x):
+        parts = small.parts(x.dtype)[:, values.shape[1] :]
         first, second = (x, parts) if columns_first else (parts, x)
         total = _halves_added(torch.mm(first.t(), second, out_dtype=torch.float32), int(columns_first))
     else:
-        total = small.new_zeros((first.shape[1], second.shape[1]))
-        for block in _blocks(x):
-            total.addmm_(first[block].to(small.dtype).t(), second[block].to(small.dtype))
+        products = [first[block].to(values.dtype).t() @ second[block].to(values.dtype) for block in _blocks(x)] or [
+            values.new_zeros((first.shape[1], second.shape[1]))
+        ]
+        total = products[0]
+        for product in products[1:]:
+            total += product
     return total.to(dtype) if scale == 1 else total.mul_(scale).to(dtype)
 
 
 def column_sums(x: Tensor, others: Tensor | None = None) -> Tensor:
-    """The sum of x, or of x * others, over the rows, fp32 [columns] (float64 of float64)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """The sum of x, or of x * others, over the rows, fp32 [columns]."""
     if others is None:
-        return x.sum(0, dtype=dtype)
+        return x.sum(0, dtype=torch.float32)
     if x.dtype != torch.float16:
-        return torch.mul(x, others).sum(0, dtype=dtype)
-    total = x.new_zeros(x.shape[1], dtype=dtype)  # a product of fp16 may be more than it holds
+        return torch.mul(x, others).sum(0, dtype=torch.float32)
+    total = x.new_zeros(x.shape[1], dtype=torch.float32)  # a product of fp16 may be more than it holds
     for block in _blocks(x):
-        total += torch.mul(x[block].to(dtype), others[block]).sum(0)
+        total += torch.mul(x[block].to(torch.float32), others[block]).sum(0)
     return total
 
 
@@ -102,26 +142,13 @@ def scaled(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.addcmul(bias, x, scale, out=out)
 
 
-def _taken_apart(factor: Tensor, dtype: torch.dtype, dim: int = 0) -> Tensor:
-    """An fp32 factor [m, n] as its high and its low 16-bit part, one after the other along `dim`."""
-    size = factor.shape[dim]
-    parts = factor.new_empty([size * 2 if i == dim else n for i, n in enumerate(factor.shape)], dtype=dtype)
-    high, low = parts.narrow(dim, 0, size), parts.narrow(dim, size, size)
-    high.copy_(factor)
-    torch.sub(factor, high, out=low)
-    return parts
-
-
-def _products_parts(small: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Parts whose product is small @ factor^T, without that of the two low parts, which is below fp32's own error."""
-    rank = small.shape[1]
-    if small.dtype == dtype:
-        return torch.cat((small, small), 1), _taken_apart(factor, dtype, 1)
-    if factor.dtype == dtype:
-        return _taken_apart(small, dtype, 1), torch.cat((factor, factor), 1)
-    smalls, factors = _taken_apart(small, dtype, 1), _taken_apart(factor, dtype, 1)
-    high = factors[:, :rank]
-    return torch.cat((smalls, smalls[:, :rank]), 1), torch.cat((high, high, factors[:, rank:]), 1)
+def _factor_parts(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[columns, 3 * rank]: high, low, high. With `Small.parts` all but the product of the two low parts."""
+    columns, rank = factor.shape
+    parts = factor.new_empty((columns, 3, rank), dtype=dtype)
+    parts[:, ::2].copy_(factor.unsqueeze(1).expand(columns, 2, rank))
+    torch.sub(factor, parts[:, 0], out=parts[:, 1])
+    return parts.view(columns, 3 * rank)
 
 
 def _halves_added(both: Tensor, dim: int) -> Tensor:
