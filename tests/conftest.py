@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import slow_tests
@@ -22,12 +23,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An instruction set level, in force for the test."""
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An instruction set level, in force for the test; memory that is not written is NaN in it."""
     if not caps.isas()[request.param]:
         pytest.skip(f"this {'CPU' if request.param in caps.built_isas() else 'build'} lacks {request.param}")
     monkeypatch.setenv("PEFTKERN_ISA", request.param)
-    return request.param
+    with poisoned_memory():
+        yield request.param
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty, and the native ops' memory with it, comes full of NaN, or of the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture(autouse=True)

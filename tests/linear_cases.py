@@ -17,6 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (7, 33), (65, 130), (513, 72), (33, 320))
 # One fp32 sum of up to 4224 products, in parts: errors of about 2^-24 * sqrt(4224), with room.
 FP32_SUM = 5e-6
+# How much further than all together a single element may be off: 6 standard deviations of its sum, with room.
+ELEMENT = 8
 
 # How strides and leading dimensions may be: `randn` and a number of features to x or grad_y [..., features].
 LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int], Tensor]] = {
@@ -128,8 +130,9 @@ def assert_near_float64(
     `through_x` are made from something that was rounded to grad_y's dtype; `product_error` is what the products and
     their sums may lose. The error is a Frobenius norm, over the
     result's norm and what that norm would be if no terms cancelled: the root of the sum of the terms' squares, which
-    the same formula gives for squared factors. One rounding of each element is at most eps / 2 of the first; rounding a
-    weight to bf16, as the bf16 dot products do, about 1.5e-3 of the second.
+    the same formula gives for squared factors. Each element by itself has ELEMENT times as much. One rounding of each
+    element is at most eps / 2 of the first; rounding a weight to bf16, as the bf16 dot products do, about 1.5e-3 of the
+    second.
     """
     before = [storage.clone() for storage in _storages(inputs, grad_y)]
     names = [name for name in float_tensors(inputs) if name not in frozen]
@@ -147,6 +150,10 @@ def assert_near_float64(
         dtypes = (value.dtype, grad_y.dtype) if name in through_x else (value.dtype,)
         limit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 + product_error
         assert error <= limit * size, f"{name}: relative error {error / size:.2e} > {limit:.2e}"
+        mean = size / max(1, value.numel()) ** 0.5  # of squares; the terms of what is not linear may seem to cancel
+        allowed = ELEMENT * limit * (exact[name].abs() + spread[name].abs().sqrt() + mean)
+        beyond = (value.double() - exact[name]).abs() > allowed
+        assert not beyond.any(), f"{name}: {beyond.sum()} of {beyond.numel()} elements are wrong"
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -233,3 +233,16 @@ def test_double_backward(seed: int) -> None:
     (second,) = torch.autograd.grad(grad_x.sum(), x)
     dense = weight.dequantize(torch.float32)
     torch.testing.assert_close(second, (2 * dense.t() @ dense).sum(0).expand(3, IN))
+
+
+def test_one_wrong_element_of_many_is_seen(seed: int) -> None:
+    """By what the tests of all ops compare with."""
+    inputs = linear_inputs(random_nf4((512, 64)), torch.randn(300, 64).bfloat16())
+    wrong = torch.zeros(300, 512, dtype=torch.bfloat16)
+    wrong[7, 5] = 8  # of 150,000 elements of about that size
+    grad_y = torch.randn(300, 512).bfloat16()
+    assert_near_float64(nf4_linear, nf4_linear_reference, inputs, grad_y, frozen=("weight",))
+    with pytest.raises(AssertionError, match="y: 1 of 153600 elements are wrong"):
+        assert_near_float64(
+            lambda **given: nf4_linear(**given) + wrong, nf4_linear_reference, inputs, grad_y, frozen=("weight",)
+        )
