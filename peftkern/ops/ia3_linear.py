@@ -22,6 +22,7 @@ from peftkern.ops._linear import (
     dense_weight,
     empty_like,
     native_weight,
+    out_features_of,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -86,11 +87,11 @@ def ia3_linear_native(
 ) -> Tensor:
     """`ia3_linear` on the kernels, for arguments that have been checked and x and bias that are cast."""
     run = NAMESPACES[implementation].ia3_linear
-    return run(x, *native_weight(weight), weight.shape[0], scale.float(), bias, scale_input)
+    return run(x, *native_weight(weight), scale.float(), bias, scale_input)
 
 
 def _fake(call: Any) -> Tensor:
-    return call.x.new_empty((*call.x.shape[:-1], call.out_features))
+    return call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf)))
 
 
 def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
@@ -98,8 +99,7 @@ def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
 
 
 def _saves(call: Any) -> tuple[str, ...]:
-    y = () if call.scale_input else ("y",)
-    return "x", *y, "weight", "absmax", "nested_absmax", "nested_quant_map", "offset", "scale", "bias"
+    return ("x", "w", "scale", "bias") if call.scale_input else ("x", "y", "w", "scale", "bias")
 
 
 def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
