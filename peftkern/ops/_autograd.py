@@ -177,13 +177,46 @@ def is_transformed() -> bool:
 
 def vmap(overload: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """One call after the other, as torch does by itself for ops without lists."""
+    return _one_by_one(overload, info.batch_size, in_dims, *args)
+
+
+def legacy_vmap(overload: Any, *args: Any) -> Any:
+    """The same for `is_grads_batched` of torch.autograd.grad, whose tensors are of another kind."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    sizes: list[int] = []
+
+    def dim(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [dim(each) for each in value]
+        return 0 if isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value) else None
+
+    def unwrapped(value: Any, of: Any) -> Any:
+        if isinstance(of, list):
+            return [unwrapped(*each) for each in zip(value, of)]
+        if of is None:
+            return value
+        value = torch._remove_batch_dim(value, level, 1, 0)
+        sizes.append(len(value))
+        return value
+
+    in_dims = dim(args)
+    values = unwrapped(args, in_dims)
+    output, _ = _one_by_one(overload, sizes[0], in_dims, *values)
+    wrapped = [
+        torch._add_batch_dim(each, 0, level) for each in _flat([output] if isinstance(output, Tensor) else output)
+    ]
+    return wrapped[0] if isinstance(output, Tensor) else nested(wrapped, shape_of(output))
+
+
+def _one_by_one(overload: Any, size: int, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
 
     def part(value: Any, dim: Any, i: int) -> Any:
         if isinstance(dim, list | tuple):
             return [part(each, of, i) for each, of in zip(value, dim)]
         return value if dim is None else value.select(dim, i)
 
-    outputs = [overload(*(part(value, dim, i) for value, dim in zip(args, in_dims))) for i in range(info.batch_size)]
+    outputs = [overload(*(part(value, dim, i) for value, dim in zip(args, in_dims))) for i in range(size)]
     if isinstance(outputs[0], Tensor):
         return torch.stack(outputs), 0
     shape = shape_of(outputs[0])

@@ -13,9 +13,10 @@ import torch
 
 from peftkern import backends
 from peftkern._native import ops as _native_ops
-from peftkern.ops._autograd import Plan, described, eager, getter, needed, vmap
+from peftkern.ops._autograd import Plan, described, eager, getter, legacy_vmap, needed, vmap
 
 _library = torch.library.Library("peftkern_triton", "DEF")
+_native_library = torch.library.Library("peftkern", "IMPL")
 
 
 class Call:
@@ -119,6 +120,7 @@ class Op:
         for ops in namespaces:
             op = getattr(ops.library, name).default
             torch.library.register_vmap(op, partial(vmap, op))
+            (_native_library if ops is NATIVE else _library).impl(name, partial(legacy_vmap, op), "Batched")
             if backward is not None or of is not None:
                 torch.library.register_autograd(op, partial(self._library_backward, ops), setup_context=self.save)
                 setattr(ops, name, eager(self, ops, op))
