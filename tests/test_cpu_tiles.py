@@ -10,6 +10,7 @@ from linear_cases import random_nf4
 from torch import Tensor
 
 from peftkern._native import caps, ops
+from peftkern.ops._linear import native_weight
 
 DEPTH = 64
 
@@ -18,7 +19,7 @@ def cut(rows: int, columns: int) -> int:
     """Into how many tiles the engine cuts a product [rows, columns]."""
     weight = random_nf4((columns, DEPTH))
     before = ops.cpu_tiles_run(caps.isa())
-    ops.nf4_linear(torch.zeros(rows, DEPTH), *weight.tensors, weight.block_size, columns, None)
+    ops.nf4_linear(torch.zeros(rows, DEPTH), *native_weight(weight), None)
     return int(ops.cpu_tiles_run(caps.isa()) - before)
 
 
@@ -38,9 +39,8 @@ def test_the_low_rank_products_are_shared(set_threads: Any, seed: int) -> None:
     a, b = torch.randn(16, DEPTH), torch.randn(512, 16)
     for rows in (64, 128, 256, 512):
         before = ops.cpu_tiles_run(caps.isa())
-        ops.lora_linear(
-            torch.randn(rows, DEPTH), torch.randn(512, DEPTH), *[None] * 4, 0, 512, a, b, 1.0, None, 0.0, None
-        )
+        weight = native_weight(torch.randn(512, DEPTH))
+        ops.lora_linear(torch.randn(rows, DEPTH), *weight, a, b, 1.0, None, 0.0, None)
         assert ops.cpu_tiles_run(caps.isa()) - before >= 4, rows
 
 
@@ -62,7 +62,7 @@ def test_threads_change_nothing(isa: str, rows: int, columns: int, set_threads: 
     if rows > 10000 and isa == "scalar":
         pytest.skip("has no kernel for few rows, and is slow")
     x, weight = torch.randn(rows, 128).bfloat16(), random_nf4((columns, 128))
-    arguments = (*weight.tensors, weight.block_size, columns, None)
+    arguments = (*native_weight(weight), None)
     first, *others = on_threads(set_threads, lambda: ops.nf4_linear(x, *arguments))
     for threads, other in zip(THREADS[1:], others):
         assert torch.equal(first, other), threads
@@ -74,7 +74,7 @@ def test_threads_change_nothing_in_a_batch_of_adapters(isa: str, rows: int, set_
     x, weight = torch.randn(rows, 128).bfloat16(), random_nf4((200, 128))
     a, b = [torch.randn(rank, 128) for rank in (3, 16)], [torch.randn(200, rank) for rank in (3, 16)]
     indices = torch.arange(rows) * 7 % 3 - 1
-    arguments = (*weight.tensors, weight.block_size, 200, a, b, [0.5, 2.0], indices, None, 0.0, None)
+    arguments = (*native_weight(weight), a, b, [0.5, 2.0], indices, None, 0.0, None)
     first, *others = on_threads(set_threads, lambda: torch.cat(ops.multi_lora_linear(x, *arguments), dim=1))
     for threads, other in zip(THREADS[1:], others):
         assert torch.equal(first, other), threads
@@ -88,7 +88,7 @@ import resource, torch
 from peftkern._native import ops
 torch.set_num_threads(1)
 x, weight, query = torch.ones(2, 8), torch.eye(8), torch.ones(1, 1, 2, 512)
-linear = lambda: ops.ia3_linear(x, weight, None, None, None, None, 0, 8, torch.ones(8), None, False)
+linear = lambda: ops.ia3_linear(x, [weight], [0, 0, 8, 8, 1], torch.ones(8), None, False)
 attention = lambda: ops.prefix_attention(query, query, query, query[0], query[0], None, False, 1.0)[0]
 torch.ones(1) + 1
 limit = resource.getrlimit(resource.RLIMIT_AS)

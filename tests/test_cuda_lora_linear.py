@@ -15,6 +15,8 @@ import peftkern
 from peftkern import NF4Weight, backends
 from peftkern._native import ops
 from peftkern.nn import LoRALinear, NF4Linear
+from peftkern.ops._linear import native_weight
+from peftkern.ops._op import Call
 from peftkern.ops.lora_linear import CUDA_ROWS, _backward_on_cuda
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_quantize import nf4_quantize_reference
@@ -113,17 +115,23 @@ def test_backward(seed: int, dtype: torch.dtype, nested: bool) -> None:
     q, scaling = random_nf4((70, 192), 64, nested), 0.7
     x, grad_y = torch.randn(2, 3, 192).to(dtype), torch.randn(2, 3, 70).to(dtype)
     lora_a, lora_b = torch.randn(5, 192), torch.randn(70, 5).to(dtype)
-    _, h = ops.lora_linear(x, *q.tensors, 64, 70, lora_a, lora_b, scaling, None, 0.0, None)
-    inputs = (grad_y, x, h, *q.tensors, 64, lora_a, lora_b, scaling, 0.0, None)
-    wanted = ops.lora_linear_backward(*inputs, True, True, True)
+    w, wf = native_weight(q)
+    _, h = ops.lora_linear(x, w, wf, lora_a, lora_b, scaling, None, 0.0, None)
+    inputs = {"grad_y": grad_y, "x": x, "h": h, "w": w, "wf": wf, "lora_a": lora_a, "lora_b": lora_b}
+    inputs |= {"scaling": scaling, "dropout_p": 0.0, "seed": None}
+
+    def found(*needs: bool) -> tuple[Tensor, ...]:
+        return _backward_on_cuda(Call({**inputs, **dict(zip(("need_x", "need_a", "need_b"), needs))}))
+
+    wanted = ops.lora_linear_backward(*inputs.values(), True, True, True)
     with torch.autocast("cpu"):
-        found = _backward_on_cuda(*inputs, True, True, True)
-    for got, like, error in zip(found, wanted, (torch.finfo(dtype).eps, 1e-6, torch.finfo(dtype).eps), strict=True):
+        all_found = found(True, True, True)
+    for got, like, error in zip(all_found, wanted, (torch.finfo(dtype).eps, 1e-6, torch.finfo(dtype).eps), strict=True):
         assert got.dtype == like.dtype and got.shape == like.shape
         assert (got.double() - like.double()).norm() <= error * like.double().norm()
     for needed in range(3):
-        alone = _backward_on_cuda(*inputs, *(i == needed for i in range(3)))
-        assert torch.equal(alone[needed], _backward_on_cuda(*inputs, True, True, True)[needed])
+        alone = found(*(i == needed for i in range(3)))
+        assert torch.equal(alone[needed], found(True, True, True)[needed])
         assert all(gradient.numel() == 0 for i, gradient in enumerate(alone) if i != needed)
 
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkern import dora_linear, lora_linear
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed
-from peftkern.ops._linear import dense_weight
+from peftkern.ops._linear import dense_weight, native_weight
 from peftkern.ops.dora_linear import DROPOUT_MODES, dora_linear_reference, dora_norm, weight_square_norm
 
 OUT, IN = 7, 33
@@ -308,14 +308,13 @@ def test_compile_without_graph_breaks(kind: str, options: dict[str, Any], seed: 
 def test_opcheck(kind: str, seed: int) -> None:
     inputs = small(kind)
     weight = inputs["weight"]
-    native_weight = (*weight.tensors, 64) if kind == "nf4" else (weight, None, None, None, None, 0)
     x, a, b, scale, bias = (
         value.detach().clone().requires_grad_()
         for value in (inputs["x"], inputs["lora_a"], inputs["lora_b"], inputs["magnitude"], inputs["bias"])
     )
     for dropout in ((0.0, None, True, True), (0.5, draw_seed(), True, True), (0.5, draw_seed(), False, True)):
-        torch.library.opcheck(ops.dora_linear, (x, *native_weight, OUT, a, b, scale, 0.5, bias, *dropout))
-    torch.library.opcheck(ops.dora_linear_norm, (*native_weight, a, b, 0.5, torch.ones(OUT), False))
+        torch.library.opcheck(ops.dora_linear, (x, *native_weight(weight), a, b, scale, 0.5, bias, *dropout))
+    torch.library.opcheck(ops.dora_linear_norm, (*native_weight(weight), a, b, 0.5, torch.ones(OUT), False))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

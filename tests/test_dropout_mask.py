@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale, philox, threshold
+from peftkern.ops._linear import native_weight
 
 # Random123's kat_vectors: counter, key, words.
 KNOWN_ANSWERS = (
@@ -101,10 +102,10 @@ def test_kernels_make_the_same_mask(isa: str, rows: int, columns: int, p: float,
     each holds the mask, scaled, by itself."""
     mask_seed, eye = draw_seed(), torch.eye(columns)
     expected = factors(keep_mask(mask_seed, rows, columns, p), p)
-    x, weight = torch.ones(rows, columns), (torch.zeros(columns, columns), None, None, None, None, 0)
+    x, weight = torch.ones(rows, columns), native_weight(torch.zeros(columns, columns))
     one_per_row = torch.eye(rows, columns)
     with only_level(isa):
-        _, h = ops.lora_linear(x, *weight, columns, eye, eye, 1.0, None, p, mask_seed)
+        _, h = ops.lora_linear(x, *weight, eye, eye, 1.0, None, p, mask_seed)
         grads = [
             ops.lora_linear_backward(grad_y, x, h, *weight, eye, eye, 1.0, p, mask_seed, True, True, False)
             for grad_y in (x, one_per_row)
@@ -119,14 +120,14 @@ def test_kernels_make_the_same_mask(isa: str, rows: int, columns: int, p: float,
 @pytest.mark.parametrize("value", [0, 1, -1, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)])
 def test_kernels_take_any_seed(isa: str, value: int) -> None:
     mask_seed, eye = torch.tensor(value), torch.eye(40)
-    weight = (torch.zeros(40, 40), None, None, None, None, 0)
-    _, h = ops.lora_linear(torch.ones(5, 40), *weight, 40, eye, eye, 1.0, None, 0.25, mask_seed)
+    weight = native_weight(torch.zeros(40, 40))
+    _, h = ops.lora_linear(torch.ones(5, 40), *weight, eye, eye, 1.0, None, 0.25, mask_seed)
     assert torch.equal(h, factors(keep_mask(mask_seed, 5, 40, 0.25), 0.25))
 
 
 def test_kernels_draw_nothing_without_a_seed(isa: str) -> None:
-    eye, weight = torch.eye(40), (torch.zeros(40, 40), None, None, None, None, 0)
-    _, h = ops.lora_linear(torch.ones(5, 40), *weight, 40, eye, eye, 1.0, None, 0.25, None)
+    eye, weight = torch.eye(40), native_weight(torch.zeros(40, 40))
+    _, h = ops.lora_linear(torch.ones(5, 40), *weight, eye, eye, 1.0, None, 0.25, None)
     assert torch.equal(h, torch.ones(5, 40))
 
 
@@ -140,6 +141,6 @@ def test_kernels_draw_nothing_without_a_seed(isa: str) -> None:
     ],
 )
 def test_bad_dropout_raises(p: float, seed_value: Tensor, message: str) -> None:
-    eye, weight = torch.eye(8), (torch.zeros(8, 8), None, None, None, None, 0)
+    eye, weight = torch.eye(8), native_weight(torch.zeros(8, 8))
     with pytest.raises(RuntimeError, match=f"lora_linear: {message}"):
-        ops.lora_linear(torch.ones(2, 8), *weight, 8, eye, eye, 1.0, None, p, seed_value)
+        ops.lora_linear(torch.ones(2, 8), *weight, eye, eye, 1.0, None, p, seed_value)

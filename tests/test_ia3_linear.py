@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peftkern import ia3_linear, nf4_linear
 from peftkern._native import ops
+from peftkern.ops._linear import native_weight
 from peftkern.ops.ia3_linear import ia3_linear_reference
 
 OUT, IN = 7, 33
@@ -222,10 +223,9 @@ def test_compile_without_graph_breaks(kind: str, scale_input: bool, seed: int) -
 def test_opcheck(kind: str, scale_input: bool, seed: int) -> None:
     inputs = small(scale_input, kind)
     weight = inputs["weight"]
-    native_weight = (*weight.tensors, 64) if kind == "nf4" else (weight, None, None, None, None, 0)
     x, scale, bias = (inputs[name].detach().clone().requires_grad_() for name in ("x", "scale", "bias"))
     for own_bias in (bias, None):
-        torch.library.opcheck(ops.ia3_linear, (x, *native_weight, OUT, scale, own_bias, scale_input))
+        torch.library.opcheck(ops.ia3_linear, (x, *native_weight(weight), scale, own_bias, scale_input))
 
 
 def test_autocast(seed: int) -> None:

@@ -10,6 +10,7 @@ from linear_cases import lora_inputs, random_nf4
 
 from peftkern import lora_linear, nf4_linear
 from peftkern._native import ops
+from peftkern.ops._linear import native_weight
 
 OUT, IN = 7, 33
 NF4 = random_nf4((OUT, IN), 32)
@@ -83,36 +84,41 @@ def test_a_bias_that_the_kernels_lack(isa: str) -> None:
 
 
 def test_native_nf4_op_checks_its_arguments() -> None:
-    codes, absmax, nested_absmax, quant_map, offset = NF4.tensors
+    codes, absmax, _, _, _ = NF4.tensors
+    w, wf = native_weight(NF4)
     x, bias, grad_y = torch.ones(3, IN), torch.ones(OUT), torch.ones(3, OUT)
-    good = (x, codes, absmax, nested_absmax, quant_map, offset, 32, OUT, bias)
-    for position, value, message in (
-        (0, x.double(), "x must be fp32, bf16 or fp16, got Double"),
-        (0, x[0, 0], r"x must have shape \[..., features\], got \[\]"),
-        (0, x[:, :31], "codes must be Byte with 109 elements, got Byte with 116"),
-        (1, codes[1:], "codes must be Byte with 116 elements, got Byte with 115"),
-        (1, codes.float(), "codes must be Byte with 116 elements, got Float"),
-        (2, absmax[1:], "absmax must be Byte with 8 elements, got Byte with 7"),
-        (2, absmax.float(), "absmax must be Byte with 8 elements, got Float"),
-        (3, None, "nested_absmax, nested_quant_map and offset must be given together"),
-        (3, torch.ones(2), "nested_absmax must be Float with 1 elements"),
-        (4, torch.ones(255), "nested_quant_map must be Float with 256 elements"),
-        (5, torch.ones(2), "offset must be Float with 1 elements"),
-        (6, 48, "block_size must be a power of two from 32 to 4096, got 48"),
-        (6, 8192, "block_size must be a power of two from 32 to 4096, got 8192"),
-        (6, -32, "block_size must be a power of two from 32 to 4096, got -32"),
-        (6, 0, r"weight must have shape \[7, 33\], got \[116, 1\]"),
-        (7, OUT + 1, "codes must be Byte with 132 elements"),
-        (7, -OUT, "codes must be Byte with"),
-        (8, bias[1:], r"bias must have shape \[7\], got \[6\]"),
-        (8, bias.int(), "bias must be fp32, bf16 or fp16, got Int"),
+    for change, message in (
+        ({"x": x.double()}, "x must be fp32, bf16 or fp16, got Double"),
+        ({"x": x[0, 0]}, r"x must have shape \[..., features\], got \[\]"),
+        ({"x": x[:, :31]}, r"x must have shape \[..., 33\], got \[3, 31\]"),
+        ({"w": [codes[1:], *w[1:]]}, "codes must be Byte with 116 elements, got Byte with 115"),
+        ({"w": [codes.float(), *w[1:]]}, "codes must be Byte with 116 elements, got Float"),
+        ({"w": [codes, absmax[1:], *w[2:]]}, "absmax must be Byte with 8 elements, got Byte with 7"),
+        ({"w": [codes, absmax.float(), *w[2:]]}, "absmax must be Byte with 8 elements, got Float"),
+        ({"w": [*w[:2], torch.ones(2), *w[3:]]}, "nested_absmax must be Float with 1 elements"),
+        ({"w": [*w[:3], torch.ones(255), w[4]]}, "nested_quant_map must be Float with 256 elements"),
+        ({"w": [*w[:4], torch.ones(2)]}, "offset must be Float with 1 elements"),
+        ({"w": w[:4]}, "w must have 5 tensors for weight 0, got 4"),
+        ({"w": w[:4], "wf": [*wf[:4], 4]}, "nested_absmax, nested_quant_map and offset must be given together"),
+        ({"w": w[:1], "wf": [*wf[:4], 1]}, "absmax is missing"),
+        ({"wf": wf[:4]}, "wf must have 5 entries, got 4"),
+        ({"wf": [*wf, *wf]}, "wf must have 5 entries, got 10"),
+        ({"wf": [7, *wf[1:]]}, "wf has an unknown format, 7"),
+        ({"wf": [1, 48, *wf[2:]]}, "block_size must be a power of two from 32 to 4096, got 48"),
+        ({"wf": [1, 8192, *wf[2:]]}, "block_size must be a power of two from 32 to 4096, got 8192"),
+        ({"wf": [1, -32, *wf[2:]]}, "block_size must be a power of two from 32 to 4096, got -32"),
+        ({"w": w[:1], "wf": [0, 0, OUT, IN, 1]}, r"weight must have shape \[7, 33\], got \[116, 1\]"),
+        ({"wf": [1, 32, OUT + 1, IN, 5]}, "codes must be Byte with 132 elements"),
+        ({"wf": [1, 32, -OUT, -IN, 5]}, r"weight must have a shape that is not negative, got \[-7, -33\]"),
+        ({"bias": bias[1:]}, r"bias must have shape \[7\], got \[6\]"),
+        ({"bias": bias.int()}, "bias must be fp32, bf16 or fp16, got Int"),
     ):
         with pytest.raises(RuntimeError, match=f"nf4_linear: {message}"):
-            ops.nf4_linear(*good[:position], value, *good[position + 1 :])
+            ops.nf4_linear(**{"x": x, "w": w, "wf": wf, "bias": bias, **change})
     for arguments, message in (
-        ((grad_y.double(), *NF4.tensors, 32, IN), "grad_y must be fp32, bf16 or fp16, got Double"),
-        ((grad_y[:, 1:], *NF4.tensors, 32, IN), "codes must be Byte with 99 elements"),
-        ((grad_y, *NF4.tensors, 32, IN + 1), "codes must be Byte with 119 elements"),
+        ((grad_y.double(), w, wf), "grad_y must be fp32, bf16 or fp16, got Double"),
+        ((grad_y[:, 1:], w, wf), r"grad_y must have shape \[..., 7\], got \[3, 6\]"),
+        ((grad_y, w, [*wf[:3], IN + 1, 5]), "codes must be Byte with 119 elements"),
     ):
         with pytest.raises(RuntimeError, match=f"nf4_linear_backward: {message}"):
             ops.nf4_linear_backward(*arguments)
@@ -191,32 +197,36 @@ def test_float64_is_not_for_the_kernels(seed: int) -> None:
 
 def test_native_lora_op_checks_its_arguments() -> None:
     x, dense, lora_a, lora_b = torch.ones(3, IN), torch.ones(OUT, IN), torch.ones(2, IN), torch.ones(OUT, 2)
-    dense_weight, nf4_weight = (dense, None, None, None, None, 0), (*NF4.tensors, 32)
-    good = (x, *nf4_weight, OUT, lora_a, lora_b, 1.0, torch.ones(OUT), 0.0, None)
-    for position, value, message in (
-        (0, x.double(), "x must be fp32, bf16 or fp16, got Double"),
-        (1, NF4.codes[1:], "codes must be Byte with 116 elements, got Byte with 115"),
-        (2, None, "absmax is missing"),
-        (6, 48, "block_size must be a power of two from 32 to 4096, got 48"),
-        (8, lora_a.double(), "lora_a must be fp32, bf16 or fp16, got Double"),
-        (8, lora_a[:, 1:], r"lora_a must have shape \[rank, 33\], got \[2, 32\]"),
-        (9, lora_b[1:], r"lora_b must have shape \[7, 2\], got \[6, 2\]"),
-        (11, torch.ones(OUT + 1), r"bias must have shape \[7\], got \[8\]"),
-        (12, 2.0, "dropout_p must be from 0 to 1, got 2"),
+    w, wf = native_weight(NF4)
+    dense_w, dense_wf = native_weight(dense)
+    good = {"x": x, "w": w, "wf": wf, "lora_a": lora_a, "lora_b": lora_b, "scaling": 1.0, "bias": torch.ones(OUT)}
+    good |= {"dropout_p": 0.0, "seed": None}
+    for change, message in (
+        ({"x": x.double()}, "x must be fp32, bf16 or fp16, got Double"),
+        ({"x": x[:, 1:]}, r"x must have shape \[..., 33\], got \[3, 32\]"),
+        ({"w": [NF4.codes[1:], *w[1:]]}, "codes must be Byte with 116 elements, got Byte with 115"),
+        ({"w": w[:1]}, "w must have 5 tensors for weight 0, got 1"),
+        ({"wf": [1, 48, *wf[2:]]}, "block_size must be a power of two from 32 to 4096, got 48"),
+        ({"w": dense_w, "wf": [0, 0, OUT + 1, IN, 1]}, r"weight must have shape \[8, 33\], got \[7, 33\]"),
+        ({"lora_a": lora_a.double()}, "lora_a must be fp32, bf16 or fp16, got Double"),
+        ({"lora_a": lora_a[:, 1:]}, r"lora_a must have shape \[rank, 33\], got \[2, 32\]"),
+        ({"lora_b": lora_b[1:]}, r"lora_b must have shape \[7, 2\], got \[6, 2\]"),
+        ({"bias": torch.ones(OUT + 1)}, r"bias must have shape \[7\], got \[8\]"),
+        ({"dropout_p": 2.0}, "dropout_p must be from 0 to 1, got 2"),
     ):
         with pytest.raises(RuntimeError, match=f"lora_linear: {message}"):
-            ops.lora_linear(*good[:position], value, *good[position + 1 :])
-    with pytest.raises(RuntimeError, match=r"lora_linear: weight must have shape \[8, 33\], got \[7, 33\]"):
-        ops.lora_linear(x, *dense_weight, OUT + 1, *good[8:])
-    good = (torch.ones(3, OUT), x, torch.ones(3, 2), *dense_weight, lora_a, lora_b, 1.0, 0.0, None, True, True, True)
-    for position, value, message in (
-        (0, torch.ones(3, OUT + 1), r"weight must have shape \[8, 33\], got \[7, 33\]"),
-        (0, torch.ones(2, OUT), r"x must have shape .*grad_y's rows, got \[3, 33\]"),
-        (1, x[:, 1:], r"weight must have shape \[7, 32\], got \[7, 33\]"),
-        (2, torch.ones(3, 3), r"h must have shape \[rows, rank\], got \[3, 3\]"),
-        (2, torch.ones(2, 2), r"h must have shape \[rows, rank\], got \[2, 2\]"),
-        (2, torch.ones(3, 2).double(), "h must be fp32, bf16 or fp16, got Double"),
-        (10, lora_b[1:], r"lora_b must have shape \[7, 2\], got \[6, 2\]"),
+            ops.lora_linear(**{**good, **change})
+    del good["bias"]
+    good |= {"grad_y": torch.ones(3, OUT), "h": torch.ones(3, 2), "w": dense_w, "wf": dense_wf}
+    good |= {"need_x": True, "need_a": True, "need_b": True}
+    for change, message in (
+        ({"grad_y": torch.ones(3, OUT + 1)}, r"grad_y must have shape \[..., 7\], got \[3, 8\]"),
+        ({"grad_y": torch.ones(2, OUT)}, r"x must have shape .*grad_y's rows, got \[3, 33\]"),
+        ({"x": x[:, 1:]}, r"x must have shape \[..., 33\], got \[3, 32\]"),
+        ({"h": torch.ones(3, 3)}, r"h must have shape \[rows, rank\], got \[3, 3\]"),
+        ({"h": torch.ones(2, 2)}, r"h must have shape \[rows, rank\], got \[2, 2\]"),
+        ({"h": torch.ones(3, 2).double()}, "h must be fp32, bf16 or fp16, got Double"),
+        ({"lora_b": lora_b[1:]}, r"lora_b must have shape \[7, 2\], got \[6, 2\]"),
     ):
         with pytest.raises(RuntimeError, match=f"lora_linear_backward: {message}"):
-            ops.lora_linear_backward(*good[:position], value, *good[position + 1 :])
+            ops.lora_linear_backward(**{**good, **change})

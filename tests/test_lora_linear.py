@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkern import lora_linear
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed
+from peftkern.ops._linear import native_weight
 from peftkern.ops.lora_linear import lora_linear_reference
 
 OUT, IN = 7, 33
@@ -279,15 +280,14 @@ def test_frozen_base_and_input(isa: str, seed: int) -> None:
 def test_opcheck(kind: str, with_options: bool, seed: int) -> None:
     """With and without nested scales, bias and seed."""
     if kind == "float32":
-        weight = (torch.randn(OUT, IN, requires_grad=True), None, None, None, None, 0)
+        weight = native_weight(torch.randn(OUT, IN, requires_grad=True))
     else:
-        q = random_nf4((OUT, IN), 32, kind == "nf4")
-        weight = (*q.tensors, q.block_size)
+        weight = native_weight(random_nf4((OUT, IN), 32, kind == "nf4"))
     x, lora_a = torch.randn(2, 3, IN, requires_grad=True), torch.randn(4, IN, requires_grad=True)
     lora_b = torch.randn(OUT, 4, requires_grad=True)
     bias = torch.randn(OUT, requires_grad=True) if with_options else None
     dropout = (0.5, draw_seed()) if with_options else (0.0, None)
-    torch.library.opcheck(ops.lora_linear, (x, *weight, OUT, lora_a, lora_b, 0.5, bias, *dropout))
+    torch.library.opcheck(ops.lora_linear, (x, *weight, lora_a, lora_b, 0.5, bias, *dropout))
     h, grad_y = torch.randn(6, 4), torch.randn(2, 3, OUT)
     for needs in ((True, True, True), (False, True, False)):
         arguments = (grad_y, x, h, *weight, lora_a, lora_b, 0.5, *dropout, *needs)
@@ -295,6 +295,8 @@ def test_opcheck(kind: str, with_options: bool, seed: int) -> None:
 
 
 def detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [detached(each) for each in value]
     return value.detach() if isinstance(value, Tensor) else value
 
 

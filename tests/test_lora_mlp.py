@@ -260,10 +260,10 @@ def test_opcheck(kinds: tuple[str, ...], ranks: tuple[int | None, ...], dropout_
     x = torch.randn(2, 3, IN, requires_grad=True)
     torch.library.opcheck(ops.lora_mlp, (x, *lists, "silu", dropout_p, seeds))
     flat = [[v.detach() if isinstance(v, Tensor) else v for v in values] for values in lists]
-    weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, _ = flat
+    w, wf, lora_as, lora_bs, scalings, _ = flat
     gate, up, h = torch.randn(2, 3, MIDDLE), torch.randn(2, 3, MIDDLE), torch.randn(6, 5)
     for needs in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
-        packed = (weights, scales, counts, block_sizes, lora_as, lora_bs, scalings)
+        packed = (w, wf, lora_as, lora_bs, scalings)
         arguments = (torch.randn(2, 3, OUT), x.detach(), gate, up, h, *packed, "silu", dropout_p, seeds, *needs)
         torch.library.opcheck(ops.lora_mlp_backward, arguments)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from peftkern import lora_linear, lora_qkv
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed
+from peftkern.ops._linear import formats_of
 from peftkern.ops._projections import draw_seeds, native_projections
 from peftkern.ops.lora_qkv import lora_qkv_reference
 
@@ -262,10 +263,10 @@ def test_opcheck(kinds: tuple[str, ...], dropout_p: float, seed: int) -> None:
     x = torch.randn(2, 3, IN, requires_grad=True)
     torch.library.opcheck(ops.lora_qkv, (x, *lists, dropout_p, seeds))
     flat = [[v.detach() if isinstance(v, Tensor) else v for v in values] for values in lists]
-    weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, _ = flat
-    grad_ys = [torch.randn(2, 3, out) for out in lists.out_features]
+    w, wf, lora_as, lora_bs, scalings, _ = flat
+    grad_ys = [torch.randn(2, 3, out) for out in (weight.out_features for weight in formats_of(wf))]
     for needs in ((True, True, True), (False, True, False), (False, False, True)):
-        packed = (weights, scales, counts, block_sizes, lora_as, lora_bs, scalings)
+        packed = (w, wf, lora_as, lora_bs, scalings)
         arguments = (grad_ys, x.detach(), torch.randn(6, 5), *packed, dropout_p, seeds, *needs)
         torch.library.opcheck(ops.lora_qkv_backward, arguments)
 
@@ -343,9 +344,13 @@ def test_bad_arguments_raise(change: Inputs, error: Any, message: str, backend: 
 def test_native_op_checks_its_arguments() -> None:
     x, lists = torch.ones(3, IN), native_projections(projections_of(qkv()))
     for change, message in (
-        ({"weights": lists.weights[:2]}, "lora_qkv: biases must have 2 entries, got 3"),
+        ({"w": lists.w[:-1]}, "lora_qkv: w must have"),
+        ({"w": [*lists.w, lists.w[0]]}, "lora_qkv: w must have .* tensors, as wf says, got"),
+        ({"wf": lists.wf[:-1]}, "lora_qkv: wf must have 5 entries for each weight, got 14"),
+        ({"wf": []}, "lora_qkv: w must have 0 tensors"),
+        ({"biases": lists.biases[:2]}, "lora_qkv: biases must have 3 entries, got 2"),
         ({"scalings": [1.0]}, "lora_qkv: scalings must have 3 entries, got 1"),
-        ({"scale_counts": [4, 1, 4]}, "lora_qkv: scale_counts do not fit scales"),
+        ({"wf": [*lists.wf[:4], 2, *lists.wf[5:]]}, "lora_qkv: "),
         ({"biases": [torch.ones(9)] * 3}, r"lora_qkv: bias must have shape \[7\], got \[9\]"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -8,6 +8,7 @@ from linear_cases import random_nf4
 
 from peftkern import multi_lora_linear
 from peftkern._native import ops
+from peftkern.ops._linear import native_weight
 
 OUT, IN = 7, 33
 A, B = torch.ones(2, IN), torch.ones(OUT, 2)
@@ -52,28 +53,28 @@ def test_bad_arguments_raise(name: str, value: Any, error: Any, message: str, ba
 
 
 def test_native_op_checks_its_arguments() -> None:
-    x, dense = torch.ones(3, IN), (torch.ones(OUT, IN), None, None, None, None, 0)
-    good = (x, *dense, OUT, [A, A], [B, B], [1.0, 1.0], torch.tensor([0, -1, 1]), None, 0.0, None)
+    x, dense = torch.ones(3, IN), native_weight(torch.ones(OUT, IN))
+    good = (x, *dense, [A, A], [B, B], [1.0, 1.0], torch.tensor([0, -1, 1]), None, 0.0, None)
     for position, value, message in (
         (0, x.double(), "x must be fp32, bf16 or fp16, got Double"),
-        (8, [A, A[:, 1:]], r"lora_a must have shape \[rank, 33\], got \[2, 32\]"),
-        (9, [B], "lora_bs must have 2 entries, got 1"),
-        (10, [1.0], "scalings must have 2 entries, got 1"),
-        (11, torch.tensor([0, 1]), r"indices must have shape x's leading shape, got \[2\]"),
-        (11, torch.tensor([], dtype=torch.int64), r"indices must have shape x's leading shape, got \[0\]"),
-        (11, torch.tensor([0, 1, 1]).int(), "indices must be Long, got Int"),
-        (11, torch.tensor([0, 1, 2]), "indices must be from -1 to 1, got 2"),
-        (11, torch.tensor([0, -2, 1]), "indices must be from -1 to 1, got -2"),
+        (3, [A, A[:, 1:]], r"lora_a must have shape \[rank, 33\], got \[2, 32\]"),
+        (4, [B], "lora_bs must have 2 entries, got 1"),
+        (5, [1.0], "scalings must have 2 entries, got 1"),
+        (6, torch.tensor([0, 1]), r"indices must have shape x's leading shape, got \[2\]"),
+        (6, torch.tensor([], dtype=torch.int64), r"indices must have shape x's leading shape, got \[0\]"),
+        (6, torch.tensor([0, 1, 1]).int(), "indices must be Long, got Int"),
+        (6, torch.tensor([0, 1, 2]), "indices must be from -1 to 1, got 2"),
+        (6, torch.tensor([0, -2, 1]), "indices must be from -1 to 1, got -2"),
     ):
         with pytest.raises(RuntimeError, match=f"multi_lora_linear: {message}"):
             ops.multi_lora_linear(*good[:position], value, *good[position + 1 :])
     needs = (True, [1, 1], [1, 1])
-    good = (torch.ones(3, OUT), x, torch.ones(3, 2), *dense, [A, A], [B, B], [1.0] * 2, good[11], 0.0, None, *needs)
+    good = (torch.ones(3, OUT), x, torch.ones(3, 2), *dense, [A, A], [B, B], [1.0] * 2, good[6], 0.0, None, *needs)
     for position, value, message in (
         (0, torch.ones(2, OUT), r"x must have shape .*grad_y's rows, got \[3, 33\]"),
         (2, torch.ones(3, 3), r"h must have shape \[rows, largest rank\], got \[3, 3\]"),
-        (12, torch.tensor([0, 1, 2]), "indices must be from -1 to 1, got 2"),
-        (16, [1], "need_as must have 2 entries, got 1"),
+        (8, torch.tensor([0, 1, 2]), "indices must be from -1 to 1, got 2"),
+        (12, [1], "need_as must have 2 entries, got 1"),
     ):
         with pytest.raises(RuntimeError, match=f"multi_lora_linear_backward: {message}"):
             ops.multi_lora_linear_backward(*good[:position], value, *good[position + 1 :])

@@ -22,6 +22,7 @@ from torch import Tensor
 from peftkern import lora_linear, multi_lora_linear
 from peftkern._native import ops
 from peftkern.ops._dropout import draw_seed
+from peftkern.ops._linear import native_weight
 from peftkern.ops.multi_lora_linear import multi_lora_linear_reference
 
 OUT, IN = 7, 33
@@ -279,15 +280,14 @@ def test_opcheck(kind: str, dropout_p: float, seed: int) -> None:
     inputs = make(torch.randn(6, 2, IN), kind=kind, bias_dtype=torch.float32 if dropout_p else None)
     for value in float_tensors(inputs).values():
         value.requires_grad_()
-    q = inputs["weight"]
-    weight = (q, None, None, None, None, 0) if isinstance(q, Tensor) else (*q.tensors, q.block_size)
+    w, wf = native_weight(inputs["weight"])
     values = of_adapters(inputs)
     adapters = [values["lora_as"], values["lora_bs"], [0.5] * 4]
     dropout = (dropout_p, draw_seed() if dropout_p else None)
     x, indices = inputs["x"], inputs["indices"]
-    torch.library.opcheck(ops.multi_lora_linear, (x, *weight, OUT, *adapters, indices, inputs["bias"], *dropout))
+    torch.library.opcheck(ops.multi_lora_linear, (x, w, wf, *adapters, indices, inputs["bias"], *dropout))
     as_, bs = ([value.detach() for value in each] for each in adapters[:2])
-    base = [value.detach() if isinstance(value, Tensor) else value for value in weight]
+    base = [part.detach() for part in w], wf
     for needs in ((True, [1] * 4, [1] * 4), (False, [0, 1, 1, 0], [0] * 4), (False, [0] * 4, [0, 0, 0, 1])):
         grad_y, h = torch.randn(6, 2, OUT), torch.randn(12, 16)
         arguments = (grad_y, x.detach(), h, *base, as_, bs, adapters[2], indices, *dropout, *needs)

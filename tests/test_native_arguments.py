@@ -194,7 +194,7 @@ def test_a_prompt_that_is_not_there(prompts: int, message: str) -> None:
 def test_no_path_of_the_machine_that_compiled_it() -> None:
     """Neither in what our checks raise nor in what those of torch's headers would."""
     for call in (
-        lambda: ops.nf4_linear(torch.ones(2, 64), torch.ones(3), torch.ones(1), None, None, None, 64, 1, None),
+        lambda: ops.nf4_linear(torch.ones(2, 64), [torch.ones(3), torch.ones(1)], [1, 64, 1, 64, 2], None),
         lambda: ops.nf4_quantize(torch.ones(2, 64), 5),
         lambda: ops.cpu_tiles_run("sse9"),
     ):

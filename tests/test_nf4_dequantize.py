@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize, nf4_quantize
 from peftkern._native import ops
+from peftkern.ops._linear import native_weight
 from peftkern.ops.nf4_dequantize import absmax_reference, nf4_dequantize_reference
 from peftkern.ops.nf4_quantize import BLOCK_SIZES, codebook, dynamic_map
 
@@ -214,26 +215,40 @@ def test_bad_arguments_raise() -> None:
 
 def test_native_op_checks_its_arguments() -> None:
     q = nf4_quantize(torch.ones(10, 32), 32)
-    codes, absmax, nested_absmax, quant_map, offset = q.tensors
-    good = (codes, absmax, nested_absmax, quant_map, offset, 32, [10, 32], torch.float32)
-    for position, value, message in (
-        (0, codes[1:], "codes must be Byte with 160 elements, got Byte with 159"),
-        (1, absmax.float(), "absmax must be Byte with 10 elements, got Float with 10"),
-        (2, None, "nested_absmax, nested_quant_map and offset must be given together"),
+    w, wf = native_weight(q)
+    for part, value, message in (
+        (0, q.codes[1:], "codes must be Byte with 160 elements, got Byte with 159"),
+        (1, q.absmax.float(), "absmax must be Byte with 10 elements, got Float with 10"),
         (2, torch.ones(2), "nested_absmax must be Float with 1 elements"),
-        (3, None, "nested_absmax, nested_quant_map and offset must be given together"),
         (4, torch.ones(2), "offset must be Float with 1 elements"),
-        (5, 33, "block_size must be a power of two from 32 to 4096, got 33"),
-        (6, [10, 33], "codes must be Byte with 165 elements"),
-        (6, [-10, 32], "shape must not be negative"),
-        (7, torch.float64, "dtype must be float32, bfloat16 or float16, got Double"),
     ):
         with pytest.raises(RuntimeError, match=f"nf4_dequantize: {message}"):
-            ops.nf4_dequantize(*good[:position], value, *good[position + 1 :])
+            ops.nf4_dequantize([*w[:part], value, *w[part + 1 :]], wf, torch.float32)
+    for field, number, message in (
+        (0, 2, "wf has an unknown format, 2"),
+        (0, 0, "a dense weight must be 1 tensor, got 5"),
+        (1, 33, "block_size must be a power of two from 32 to 4096, got 33"),
+        (2, -10, r"weight must have a shape that is not negative, got \[-10, 32\]"),
+        (3, 33, "codes must be Byte with 165 elements"),
+        (4, 1, "absmax is missing"),
+        (4, 4, "nested_absmax, nested_quant_map and offset must be given together"),
+        (4, 2, "w must have 2 tensors, as wf says, got 5"),
+        (4, 6, "w must have 6 tensors for weight 0, got 5"),
+        (4, -1, "w must have -1 tensors for weight 0, got 5"),
+    ):
+        with pytest.raises(RuntimeError, match=f"nf4_dequantize: {message}"):
+            ops.nf4_dequantize(w, [*wf[:field], number, *wf[field + 1 :]], torch.float32)
+    for arguments, message in (
+        ((w, wf[:4], torch.float32), "wf must have 5 entries, got 4"),
+        ((w, wf, torch.float64), "dtype must be float32, bfloat16 or float16, got Double"),
+        (([torch.ones(10, 32)], [0, 0, 10, 32, 1], torch.float32), "weight must be NF4, got a dense one"),
+    ):
+        with pytest.raises(RuntimeError, match=f"nf4_dequantize: {message}"):
+            ops.nf4_dequantize(*arguments)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, nested: bool, seed: int) -> None:
     q = random_weight((3, 33), 32, nested)
-    torch.library.opcheck(ops.nf4_dequantize, (*q.tensors, q.block_size, list(q.shape), dtype))
+    torch.library.opcheck(ops.nf4_dequantize, (*native_weight(q), dtype))

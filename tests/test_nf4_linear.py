@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, nf4_linear
 from peftkern._native import ops
+from peftkern.ops._linear import native_weight
 from peftkern.ops.nf4_linear import nf4_linear_reference
 from peftkern.ops.nf4_quantize import BLOCK_SIZES
 
@@ -192,9 +193,9 @@ def test_opcheck(dtype: torch.dtype, with_bias: bool, nested: bool, seed: int) -
     weight = random_nf4((OUT, IN), 32, nested)
     bias = torch.randn(OUT, requires_grad=True) if with_bias else None
     x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(ops.nf4_linear, (x, *weight.tensors, weight.block_size, OUT, bias))
+    torch.library.opcheck(ops.nf4_linear, (x, *native_weight(weight), bias))
     grad_y = torch.randn(2, 3, OUT, dtype=dtype)
-    torch.library.opcheck(ops.nf4_linear_backward, (grad_y, *weight.tensors, weight.block_size, IN))
+    torch.library.opcheck(ops.nf4_linear_backward, (grad_y, *native_weight(weight)))
 
 
 def test_compile_without_graph_breaks(seed: int) -> None:

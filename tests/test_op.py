@@ -150,6 +150,18 @@ def test_torch_func(case: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_batched_gradients(case: str, seed: int) -> None:
+    """is_grads_batched, and with it jacobian(vectorize=True)."""
+    leaves = leaves_of(case)
+    y = CASES[case][0](*leaves, backend="cpu")
+    grad_ys = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, leaves, grad_ys, is_grads_batched=True, retain_graph=True)
+    for i, grad_y in enumerate(grad_ys):
+        grads = torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
+        assert all(torch.equal(all_of_it[i], grad) for all_of_it, grad in zip(batched, grads, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_second_derivatives_and_forward_mode_are_refused(case: str, seed: int) -> None:
     function, leaves = CASES[case][0], leaves_of(case)
     name = case.split()[0]

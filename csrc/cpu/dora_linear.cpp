@@ -145,35 +145,30 @@ float direct_norm(const Weight& w, int64_t row, const float* b, const float* a, 
 
 // ||W_j||^2, in plain code: a layer keeps it. Where nothing may be kept (HF PEFT's layers), it costs as much as the
 // norm.
-Tensor dora_linear_square_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
-                               OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
-                               int64_t out_features, int64_t in_features) {
-    const Weight w = weight_of("dora_linear_square_norm", weight, absmax, nested_absmax, nested_quant_map, offset,
-                               block_size, out_features, in_features);
-    Tensor squares = torch::stable::new_empty(weight, {out_features}, ScalarType::Float);
+Tensor dora_linear_square_norm(const Tensors& w, const Integers& wf) {
+    const Weight base = Weight::of("dora_linear_square_norm", w, wf);
+    const int64_t out_features = base.out_features, in_features = base.in_features;
+    Tensor squares = torch::stable::new_empty(w[0], {out_features}, ScalarType::Float);
     auto* out = squares.mutable_data_ptr<float>();
     std::array<double, 256> byte_squares;
     for (size_t byte = 0; byte < byte_squares.size(); ++byte) {
         const double high = kNf4Codebook[byte >> 4], low = kNf4Codebook[byte & 15];
         byte_squares[byte] = high * high + low * low;
     }
-    const bool whole_bytes = w.is_nf4 && w.nf4.block_size % 8 == 0 && in_features % w.nf4.block_size == 0;
+    const bool whole_bytes = base.is_nf4 && base.nf4.block_size % 8 == 0 && in_features % base.nf4.block_size == 0;
     torch::stable::parallel_for(0, out_features, 16, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j)
-            out[j] = static_cast<float>(whole_bytes ? square_of_bytes(w.nf4, j, byte_squares) : square_of_row(w, j));
+            out[j] =
+                static_cast<float>(whole_bytes ? square_of_bytes(base.nf4, j, byte_squares) : square_of_row(base, j));
     });
     return squares;
 }
 
-Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
-                        OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size, Tensor lora_a,
-                        Tensor lora_b, double scaling, Tensor square_norm, bool bf16) {
+Tensor dora_linear_norm(const Tensors& w, const Integers& wf, Tensor lora_a, Tensor lora_b, double scaling,
+                        Tensor square_norm, bool bf16) {
     const char* op = "dora_linear_norm";
-    check_shape(op, "lora_a", lora_a, lora_a.dim() == 2, "[rank, in]");
-    check_shape(op, "lora_b", lora_b, lora_b.dim() == 2, "[out, rank]");
-    const int64_t out_features = lora_b.size(0), in_features = lora_a.size(1);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, in_features);
+    const Weight base = Weight::of(op, w, wf);
+    const int64_t out_features = base.out_features, in_features = base.in_features;
     const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, in_features);
     const Tensor squares = column_vector(op, "square_norm", square_norm, out_features);
     const Tensor a = wide(lora_a), b = wide(lora_b);
@@ -203,16 +198,11 @@ Tensor dora_linear_norm(Tensor weight, OptionalTensor absmax, OptionalTensor nes
 }
 
 // With c = dn / n: dB = s c (A W^T)^T + s^2 c B A A^T and dA = s (c B)^T W + s^2 B^T c B A.
-std::tuple<Tensor, Tensor> dora_linear_norm_backward(Tensor grad_norm, Tensor norm, Tensor weight,
-                                                     OptionalTensor absmax, OptionalTensor nested_absmax,
-                                                     OptionalTensor nested_quant_map, OptionalTensor offset,
-                                                     int64_t block_size, Tensor lora_a, Tensor lora_b, double scaling) {
+std::tuple<Tensor, Tensor> dora_linear_norm_backward(Tensor grad_norm, Tensor norm, const Tensors& w,
+                                                     const Integers& wf, Tensor lora_a, Tensor lora_b, double scaling) {
     const char* op = "dora_linear_norm_backward";
-    check_shape(op, "lora_a", lora_a, lora_a.dim() == 2, "[rank, in]");
-    check_shape(op, "lora_b", lora_b, lora_b.dim() == 2, "[out, rank]");
-    const int64_t out_features = lora_b.size(0), in_features = lora_a.size(1);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, in_features);
+    const Weight base = Weight::of(op, w, wf);
+    const int64_t out_features = base.out_features, in_features = base.in_features;
     const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, in_features);
     const Tensor n = column_vector(op, "norm", norm, out_features);
     const Tensor dn = column_vector(op, "grad_norm", grad_norm, out_features);
@@ -251,17 +241,15 @@ std::tuple<Tensor, Tensor> dora_linear_norm_backward(Tensor grad_norm, Tensor no
     return {grad_a, torch::stable::to(wide_grad_b, lora_b.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> dora_linear(Tensor x, Tensor weight, OptionalTensor absmax,
-                                               OptionalTensor nested_absmax, OptionalTensor nested_quant_map,
-                                               OptionalTensor offset, int64_t block_size, int64_t out_features,
-                                               Tensor lora_a, Tensor lora_b, Tensor scale, double scaling,
-                                               OptionalTensor bias, double dropout_p, OptionalTensor seed,
-                                               bool drop_base, bool need_z) {
+std::tuple<Tensor, Tensor, Tensor> dora_linear(Tensor x, const Tensors& w, const Integers& wf, Tensor lora_a,
+                                               Tensor lora_b, Tensor scale, double scaling, OptionalTensor bias,
+                                               double dropout_p, OptionalTensor seed, bool drop_base, bool need_z) {
     const char* op = "dora_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
-    const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "x", x, base.in_features);
+    const int64_t out_features = base.out_features;
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, base.in_features);
     const Tensor factors = column_vector(op, "scale", scale, out_features);
     const Tensor wide_bias = bias_of(op, bias, out_features);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
@@ -293,17 +281,19 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear(Tensor x, Tensor weight, Optional
     return {y, h, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
-    Tensor grad_y, Tensor x, Tensor h, Tensor z, Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
-    OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size, Tensor lora_a, Tensor lora_b,
-    Tensor scale, double scaling, double dropout_p, OptionalTensor seed, bool drop_base, bool need_x, bool need_a,
-    bool need_b, bool need_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor z,
+                                                                const Tensors& w, const Integers& wf, Tensor lora_a,
+                                                                Tensor lora_b, Tensor scale, double scaling,
+                                                                double dropout_p, OptionalTensor seed, bool drop_base,
+                                                                bool need_x, bool need_a, bool need_b,
+                                                                bool need_scale) {
     const char* op = "dora_linear_backward";
     const Rows dy = rows_of(op, "grad_y", grad_y), rows = rows_of(op, "x", x), low_rank = rows_of(op, "h", h);
     const Rows sums = rows_of(op, "z", z);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns, rows.columns);
-    const Adapter adapter = adapter_of(op, lora_a, lora_b, dy.columns, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "grad_y", grad_y, base.out_features);
+    check_features(op, "x", x, base.in_features);
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, base.out_features, base.in_features);
     const Tensor factors = column_vector(op, "scale", scale, dy.columns);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
     check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");

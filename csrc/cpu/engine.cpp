@@ -160,39 +160,43 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
     return rows;
 }
 
-Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax,
-                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
-                 const OptionalTensor& offset, int64_t block_size, int64_t out_features, int64_t in_features) {
+Weight Weight::of(const char* op, const WeightParts& parts) {
     Weight w = {};
-    w.out_features = out_features;
-    w.in_features = in_features;
-    const std::string shape = "[" + std::to_string(out_features) + ", " + std::to_string(in_features) + "]";
-    if (block_size == 0) {
-        const bool right = weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features;
-        check_shape(op, "weight", weight, right, shape);
-        w.dense_transposed = row_stride(weight) < 0 && weight.stride(0) == 1;
-        w.dense = rows_of(op, "weight", w.dense_transposed ? torch::stable::transpose(weight, 0, 1) : weight);
+    w.out_features = parts.out_features;
+    w.in_features = parts.in_features;
+    const Tensor& first = parts.tensors[0];
+    if (parts.format == kDenseFormat) {
+        const bool right = first.dim() == 2 && first.size(0) == w.out_features && first.size(1) == w.in_features;
+        check_shape(op, "weight", first, right, parts.shape());
+        w.dense_transposed = row_stride(first) < 0 && first.stride(0) == 1;
+        w.dense = rows_of(op, "weight", w.dense_transposed ? torch::stable::transpose(first, 0, 1) : first);
         return w;
     }
-    check_block_size(op, block_size);
-    PEFTKERN_CHECK(absmax.has_value(), op, ": absmax is missing");
-    const int64_t numel = out_features * in_features, blocks = divide_up(numel, block_size);
-    const bool nested = nested_absmax.has_value();
-    PEFTKERN_CHECK(nested_quant_map.has_value() == nested && offset.has_value() == nested, op,
-                   ": nested_absmax, nested_quant_map and offset must be given together");
+    const int64_t numel = w.out_features * w.in_features, blocks = divide_up(numel, parts.block_size);
+    const ScalarType scale_type = parts.nested() ? ScalarType::Byte : ScalarType::Float;
     w.is_nf4 = true;
-    w.codes = matching(op, "codes", weight, ScalarType::Byte, divide_up(numel, 2));
-    w.absmax = matching(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
-    w.nf4 = {
-        w.codes.const_data_ptr<uint8_t>(), w.absmax.const_data_ptr(), nullptr, nullptr, 0, block_size, in_features};
-    if (nested) {
-        w.nested_absmax = matching(op, "nested_absmax", *nested_absmax, ScalarType::Float, divide_up(blocks, 256));
-        w.nested_quant_map = matching(op, "nested_quant_map", *nested_quant_map, ScalarType::Float, 256);
+    w.codes = matching(op, "codes", first, ScalarType::Byte, divide_up(numel, 2));
+    w.absmax = matching(op, "absmax", parts.tensors[1], scale_type, blocks);
+    w.nf4 = {w.codes.const_data_ptr<uint8_t>(),
+             w.absmax.const_data_ptr(),
+             nullptr,
+             nullptr,
+             0,
+             parts.block_size,
+             w.in_features};
+    if (parts.nested()) {
+        w.nested_absmax =
+            matching(op, "nested_absmax", parts.tensors[2], ScalarType::Float, divide_up(blocks, kNestedBlockSize));
+        w.nested_quant_map = matching(op, "nested_quant_map", parts.tensors[3], ScalarType::Float, kNestedMapSize);
         w.nf4.nested_absmax = w.nested_absmax.const_data_ptr<float>();
         w.nf4.nested_quant_map = w.nested_quant_map.const_data_ptr<float>();
-        w.nf4.offset = *matching(op, "offset", *offset, ScalarType::Float, 1).const_data_ptr<float>();
+        w.nf4.offset = *matching(op, "offset", parts.tensors[4], ScalarType::Float, 1).const_data_ptr<float>();
     }
     return w;
+}
+
+Weight Weight::of(const char* op, const Tensors& w, const Integers& wf) {
+    return of(op, weight_of(op, w, wf));
 }
 
 Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {

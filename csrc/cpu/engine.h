@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/weight_format.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 
@@ -22,7 +23,7 @@ struct Rows {
 };
 Rows rows_of(const char* op, const char* name, const Tensor& tensor);
 
-// A weight [out, in]: NF4 bytes, or dense where block_size is 0.
+// A weight [out, in], checked: NF4 bytes, or dense.
 struct Weight {
     Rows dense;  // [in, out] if dense_transposed: a view such as that of GPT-2's Conv1D is read where it lies
     bool dense_transposed;
@@ -30,10 +31,11 @@ struct Weight {
     Nf4 nf4;
     bool is_nf4;
     int64_t out_features, in_features;
+
+    static Weight of(const char* op, const WeightParts& parts);
+    // Of an op of one weight.
+    static Weight of(const char* op, const Tensors& w, const Integers& wf);
 };
-Weight weight_of(const char* op, const Tensor& weight, const OptionalTensor& absmax,
-                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
-                 const OptionalTensor& offset, int64_t block_size, int64_t out_features, int64_t in_features);
 
 // The mask of dropout_p under `seed`; nothing is dropped without a seed.
 Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed);

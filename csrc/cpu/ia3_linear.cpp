@@ -37,13 +37,12 @@ float least_divisor(Dtype y) {
 
 }  // namespace
 
-Tensor ia3_linear(Tensor x, Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
-                  OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size, int64_t out_features,
-                  Tensor scale, OptionalTensor bias, bool scale_input) {
+Tensor ia3_linear(Tensor x, const Tensors& w, const Integers& wf, Tensor scale, OptionalTensor bias, bool scale_input) {
     const char* op = "ia3_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "x", x, base.in_features);
+    const int64_t out_features = base.out_features;
     const Tensor factors = scale_of(op, scale, scale_input ? rows.columns : out_features);
     Tensor wide_bias = bias_of(op, bias, out_features);
 
@@ -69,16 +68,15 @@ Tensor ia3_linear(Tensor x, Tensor weight, OptionalTensor absmax, OptionalTensor
 }
 
 // y is what the forward gave, or missing where the input is scaled.
-std::tuple<Tensor, Tensor> ia3_linear_backward(Tensor grad_y, Tensor x, OptionalTensor y, Tensor weight,
-                                               OptionalTensor absmax, OptionalTensor nested_absmax,
-                                               OptionalTensor nested_quant_map, OptionalTensor offset,
-                                               int64_t block_size, Tensor scale, OptionalTensor bias, bool scale_input,
+std::tuple<Tensor, Tensor> ia3_linear_backward(Tensor grad_y, Tensor x, OptionalTensor y, const Tensors& w,
+                                               const Integers& wf, Tensor scale, OptionalTensor bias, bool scale_input,
                                                bool need_x, bool need_scale) {
     const char* op = "ia3_linear_backward";
     const Rows dy = rows_of(op, "grad_y", grad_y), rows = rows_of(op, "x", x);
     check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "grad_y", grad_y, base.out_features);
+    check_features(op, "x", x, base.in_features);
     const int64_t size = scale_input ? rows.columns : dy.columns;
     const Tensor factors = scale_of(op, scale, size);
     const auto* scale_data = factors.const_data_ptr<float>();

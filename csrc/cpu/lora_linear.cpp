@@ -108,16 +108,14 @@ Tensor grad_b_of(const char* op, const Rows& dy, const Rows& h, const Tensor& lo
     return grad_b;
 }
 
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor absmax, OptionalTensor nested_absmax,
-                                       OptionalTensor nested_quant_map, OptionalTensor offset, int64_t block_size,
-                                       int64_t out_features, Tensor lora_a, Tensor lora_b, double scaling,
-                                       OptionalTensor bias, double dropout_p, OptionalTensor seed) {
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, const Tensors& w, const Integers& wf, Tensor lora_a, Tensor lora_b,
+                                       double scaling, OptionalTensor bias, double dropout_p, OptionalTensor seed) {
     const char* op = "lora_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
-    const Adapter adapter = adapter_of(op, lora_a, lora_b, out_features, rows.columns);
-    const Tensor wide_bias = bias_of(op, bias, out_features);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "x", x, base.in_features);
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, base.out_features, base.in_features);
+    const Tensor wide_bias = bias_of(op, bias, base.out_features);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
 
     Tensor h = down_projection(op, rows, adapter, dropout);
@@ -125,17 +123,16 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, OptionalTensor a
     return {y, h};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight,
-                                                        OptionalTensor absmax, OptionalTensor nested_absmax,
-                                                        OptionalTensor nested_quant_map, OptionalTensor offset,
-                                                        int64_t block_size, Tensor lora_a, Tensor lora_b,
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, const Tensors& w,
+                                                        const Integers& wf, Tensor lora_a, Tensor lora_b,
                                                         double scaling, double dropout_p, OptionalTensor seed,
                                                         bool need_x, bool need_a, bool need_b) {
     const char* op = "lora_linear_backward";
     const Rows dy = rows_of(op, "grad_y", grad_y), rows = rows_of(op, "x", x), low_rank = rows_of(op, "h", h);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, dy.columns, rows.columns);
-    const Adapter adapter = adapter_of(op, lora_a, lora_b, dy.columns, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "grad_y", grad_y, base.out_features);
+    check_features(op, "x", x, base.in_features);
+    const Adapter adapter = adapter_of(op, lora_a, lora_b, base.out_features, base.in_features);
     const Dropout dropout = dropout_of(op, dropout_p, seed);
     check_shape(op, "x", x, rows.rows == dy.rows, "[..., in] with grad_y's rows");
     check_shape(op, "h", h, low_rank.rows == dy.rows && low_rank.columns == adapter.rank, "[rows, rank]");

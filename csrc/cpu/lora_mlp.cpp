@@ -18,12 +18,14 @@ struct Mlp {
     Projection down;
 };
 
-Mlp mlp_of(const char* op, const ProjectionLists& lists, int64_t in_features) {
-    PEFTKERN_CHECK(lists.out_features.size() == 3, op, ": out_features must have 3 entries");
-    const int64_t middle = lists.out_features[0];
-    PEFTKERN_CHECK(lists.out_features[1] == middle, op, ": gate and up must have the same out_features, got ", middle,
-                   " and ", lists.out_features[1]);
-    Projections all = projections_of(op, lists, {in_features, in_features, middle});
+Mlp mlp_of(const char* op, const ProjectionLists& lists, const Tensor& x) {
+    Projections all = projections_of(op, lists);
+    PEFTKERN_CHECK(all.size() == 3, op, ": w must have 3 weights, got ", all.size());
+    const int64_t middle = all[0].base.out_features;
+    PEFTKERN_CHECK(all[1].base.out_features == middle && all[2].base.in_features == middle, op,
+                   ": gate, up and down must meet in the same features, got ", middle, ", ", all[1].base.out_features,
+                   " and ", all[2].base.in_features);
+    for (size_t i = 0; i < 2; ++i) check_features(op, "x", x, all[i].base.in_features);
     const Projection down = all.back();
     all.pop_back();
     return {all, down};
@@ -40,17 +42,14 @@ GatedActivation pass_of(const Rows& gate, const Rows& up, Activation activation)
     return {gate.matrix.data, up.matrix.data, nullptr, nullptr, nullptr, nullptr, gate.matrix.dtype, activation};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_mlp(const Tensor& x, const Tensors& weights, const Tensors& scales,
-                                                    const Integers& scale_counts, const Integers& block_sizes,
-                                                    const Integers& out_features, const Tensors& lora_as,
-                                                    const Tensors& lora_bs, const Numbers& scalings,
-                                                    const Tensors& biases, const std::string& activation,
-                                                    double dropout_p, const OptionalTensor& seeds) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_mlp(const Tensor& x, const Tensors& w, const Integers& wf,
+                                                    const Tensors& lora_as, const Tensors& lora_bs,
+                                                    const Numbers& scalings, const Tensors& biases,
+                                                    const std::string& activation, double dropout_p,
+                                                    const OptionalTensor& seeds) {
     const char* op = "lora_mlp";
     const Rows rows = rows_of(op, "x", x);
-    const Mlp mlp = mlp_of(
-        op, {weights, scales, scale_counts, block_sizes, out_features, lora_as, lora_bs, scalings, dropout_p, seeds},
-        rows.columns);
+    const Mlp mlp = mlp_of(op, {w, wf, lora_as, lora_bs, scalings, dropout_p, seeds}, x);
     PEFTKERN_CHECK(biases.size() == 3, op, ": biases must have 3 entries, got ", biases.size());
     const Activation act = activation_of(op, activation);
 
@@ -68,19 +67,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_mlp(const Tensor& x, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> lora_mlp_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& h,
-    const Tensors& weights, const Tensors& scales, const Integers& scale_counts, const Integers& block_sizes,
-    const Tensors& lora_as, const Tensors& lora_bs, const Numbers& scalings, const std::string& activation,
-    double dropout_p, const OptionalTensor& seeds, bool need_x, bool need_a, bool need_b, bool need_inner) {
+    const Tensor& grad_y, const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& h, const Tensors& w,
+    const Integers& wf, const Tensors& lora_as, const Tensors& lora_bs, const Numbers& scalings,
+    const std::string& activation, double dropout_p, const OptionalTensor& seeds, bool need_x, bool need_a, bool need_b,
+    bool need_inner) {
     const char* op = "lora_mlp_backward";
     const Rows rows = rows_of(op, "x", x), dy = rows_of(op, "grad_y", grad_y);
     // The pass takes dense elements.
     const Rows g = rows_of(op, "gate", torch::stable::contiguous(gate));
     const Rows u = rows_of(op, "up", torch::stable::contiguous(up));
-    const Integers out_features = {g.columns, u.columns, dy.columns};
-    const Mlp mlp = mlp_of(
-        op, {weights, scales, scale_counts, block_sizes, out_features, lora_as, lora_bs, scalings, dropout_p, seeds},
-        rows.columns);
+    const Mlp mlp = mlp_of(op, {w, wf, lora_as, lora_bs, scalings, dropout_p, seeds}, x);
+    check_features(op, "gate", gate, mlp.down.base.in_features);
+    check_features(op, "up", up, mlp.down.base.in_features);
+    check_features(op, "grad_y", grad_y, mlp.down.base.out_features);
     const Projections down = {mlp.down};
     const int64_t inner_rank = total_rank(mlp.inner), rank = inner_rank + mlp.down.adapter.rank;
     check_shape(op, "grad_y", grad_y, dy.rows == rows.rows, "[..., out] with x's rows");

@@ -67,29 +67,19 @@ void run_sum(const char* op, const std::vector<Contraction>& terms, const Tensor
 
 }  // namespace
 
-Projections projections_of(const char* op, const ProjectionLists& lists, const Integers& in_features) {
-    const size_t count = in_features.size();
-    PEFTKERN_CHECK(count > 0, op, ": weights must have at least one entry");
-    check_count(op, "weights", lists.weights.size(), count);
-    check_count(op, "scale_counts", lists.scale_counts.size(), count);
-    check_count(op, "block_sizes", lists.block_sizes.size(), count);
-    check_count(op, "out_features", lists.out_features.size(), count);
+Projections projections_of(const char* op, const ProjectionLists& lists) {
+    const std::vector<WeightParts> weights = weights_of(op, lists.w, lists.wf);
+    const size_t count = weights.size();
+    PEFTKERN_CHECK(count > 0, op, ": w must have at least one weight");
     check_count(op, "lora_as", lists.lora_as.size(), count);
     check_count(op, "lora_bs", lists.lora_bs.size(), count);
     check_count(op, "scalings", lists.scalings.size(), count);
     if (lists.seeds.has_value()) check_count(op, "seeds", static_cast<size_t>(lists.seeds->numel()), count);
 
     Projections projections;
-    size_t scale = 0;
     int64_t rank = 0;
     for (size_t i = 0; i < count; ++i) {
-        OptionalTensor scales[4];
-        for (int64_t k = 0; k < lists.scale_counts[i]; ++k) {
-            PEFTKERN_CHECK(k < 4 && scale < lists.scales.size(), op, ": scale_counts do not fit scales");
-            scales[k] = lists.scales[scale++];
-        }
-        Weight base = weight_of(op, lists.weights[i], scales[0], scales[1], scales[2], scales[3], lists.block_sizes[i],
-                                lists.out_features[i], in_features[i]);
+        Weight base = Weight::of(op, weights[i]);
         Adapter adapter = adapter_of(op, lists.lora_as[i], lists.lora_bs[i], base.out_features, base.in_features);
         OptionalTensor seed;
         if (lists.seeds.has_value() && adapter.rank)
@@ -176,17 +166,14 @@ Tensors grad_b_of(const char* op, const std::vector<Rows>& dys, const Tensor& h,
 
 namespace {
 
-std::tuple<Tensors, Tensor> lora_qkv(const Tensor& x, const Tensors& weights, const Tensors& scales,
-                                     const Integers& scale_counts, const Integers& block_sizes,
-                                     const Integers& out_features, const Tensors& lora_as, const Tensors& lora_bs,
-                                     const Numbers& scalings, const Tensors& biases, double dropout_p,
-                                     const OptionalTensor& seeds) {
+std::tuple<Tensors, Tensor> lora_qkv(const Tensor& x, const Tensors& w, const Integers& wf, const Tensors& lora_as,
+                                     const Tensors& lora_bs, const Numbers& scalings, const Tensors& biases,
+                                     double dropout_p, const OptionalTensor& seeds) {
     const char* op = "lora_qkv";
     const Rows rows = rows_of(op, "x", x);
-    check_count(op, "biases", biases.size(), weights.size());
-    const Projections projections = projections_of(
-        op, {weights, scales, scale_counts, block_sizes, out_features, lora_as, lora_bs, scalings, dropout_p, seeds},
-        Integers(weights.size(), rows.columns));
+    const Projections projections = projections_of(op, {w, wf, lora_as, lora_bs, scalings, dropout_p, seeds});
+    for (const Projection& p : projections) check_features(op, "x", x, p.base.in_features);
+    check_count(op, "biases", biases.size(), projections.size());
     const Tensor h = empty_fp32(x, rows.rows, total_rank(projections));
     down_projections(op, rows, low_rank_of(projections, rows.rows), h);
     Tensors ys;
@@ -194,23 +181,22 @@ std::tuple<Tensors, Tensor> lora_qkv(const Tensor& x, const Tensors& weights, co
     return {ys, h};
 }
 
-std::tuple<Tensor, Tensor, Tensors> lora_qkv_backward(
-    const Tensors& grad_ys, const Tensor& x, const Tensor& h, const Tensors& weights, const Tensors& scales,
-    const Integers& scale_counts, const Integers& block_sizes, const Tensors& lora_as, const Tensors& lora_bs,
-    const Numbers& scalings, double dropout_p, const OptionalTensor& seeds, bool need_x, bool need_a, bool need_b) {
+std::tuple<Tensor, Tensor, Tensors> lora_qkv_backward(const Tensors& grad_ys, const Tensor& x, const Tensor& h,
+                                                      const Tensors& w, const Integers& wf, const Tensors& lora_as,
+                                                      const Tensors& lora_bs, const Numbers& scalings, double dropout_p,
+                                                      const OptionalTensor& seeds, bool need_x, bool need_a,
+                                                      bool need_b) {
     const char* op = "lora_qkv_backward";
     const Rows rows = rows_of(op, "x", x);
-    check_count(op, "grad_ys", grad_ys.size(), weights.size());
+    const Projections projections = projections_of(op, {w, wf, lora_as, lora_bs, scalings, dropout_p, seeds});
+    check_count(op, "grad_ys", grad_ys.size(), projections.size());
     std::vector<Rows> dys;
-    Integers out_features;
-    for (const Tensor& grad_y : grad_ys) {
-        dys.push_back(rows_of(op, "grad_ys", grad_y));
-        check_shape(op, "grad_ys", grad_y, dys.back().rows == rows.rows, "[..., out] with x's rows");
-        out_features.push_back(dys.back().columns);
+    for (size_t i = 0; i < projections.size(); ++i) {
+        check_features(op, "x", x, projections[i].base.in_features);
+        dys.push_back(rows_of(op, "grad_ys", grad_ys[i]));
+        check_features(op, "grad_ys", grad_ys[i], projections[i].base.out_features);
+        check_shape(op, "grad_ys", grad_ys[i], dys[i].rows == rows.rows, "[..., out] with x's rows");
     }
-    const Projections projections = projections_of(
-        op, {weights, scales, scale_counts, block_sizes, out_features, lora_as, lora_bs, scalings, dropout_p, seeds},
-        Integers(weights.size(), rows.columns));
     const int64_t rank = total_rank(projections);
     check_shape(op, "h", h, h.dim() == 2 && h.size(0) == rows.rows && h.size(1) == rank, "[rows, ranks]");
 

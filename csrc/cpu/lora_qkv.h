@@ -7,15 +7,12 @@
 
 namespace peftkern {
 
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 
-// The lists of a schema, one entry per projection. `weights` are dense or NF4 codes; the tensors that NF4 weights have
-// beside these follow each other in `scales`, scale_counts[i] of projection i: 0 (dense), 1 (flat) or 4 (nested).
+// The lists of a schema, one entry per projection.
 struct ProjectionLists {
-    const Tensors &weights, &scales;
-    const Integers &scale_counts, &block_sizes, &out_features;
+    const Tensors& w;
+    const Integers& wf;
     const Tensors &lora_as, &lora_bs;
     const Numbers& scalings;
     double dropout_p;
@@ -31,7 +28,7 @@ struct Projection {
     int64_t first_rank;  // where its columns of the stacked h begin
 };
 using Projections = std::vector<Projection>;
-Projections projections_of(const char* op, const ProjectionLists& lists, const Integers& in_features);
+Projections projections_of(const char* op, const ProjectionLists& lists);
 int64_t total_rank(const Projections& projections);
 
 // The columns of h [rows, ranks] that are one projection's.

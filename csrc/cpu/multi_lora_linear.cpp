@@ -17,8 +17,6 @@ namespace peftkern {
 namespace {
 
 using torch::headeronly::ScalarType;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 
 // Elements copied by one thread: less is not worth another.
@@ -171,16 +169,15 @@ Contraction by_segment(Contraction c, const std::vector<Segment>& segments) {
     return c;
 }
 
-std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                                             const OptionalTensor& nested_absmax,
-                                             const OptionalTensor& nested_quant_map, const OptionalTensor& offset,
-                                             int64_t block_size, int64_t out_features, const Tensors& lora_as,
-                                             const Tensors& lora_bs, const Numbers& scalings, const Tensor& indices,
-                                             const OptionalTensor& bias, double dropout_p, const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensors& w, const Integers& wf,
+                                             const Tensors& lora_as, const Tensors& lora_bs, const Numbers& scalings,
+                                             const Tensor& indices, const OptionalTensor& bias, double dropout_p,
+                                             const OptionalTensor& seed) {
     const char* op = "multi_lora_linear";
     const Rows rows = rows_of(op, "x", x);
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, rows.columns);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "x", x, base.in_features);
+    const int64_t out_features = base.out_features;
     const Tensor wide_bias = bias_of(op, bias, out_features);
     Batch batch;
     read_batch(op, lora_as, lora_bs, scalings, indices, rows.rows, out_features, rows.columns,
@@ -206,15 +203,15 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
 }
 
 std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
-    const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map, const OptionalTensor& offset,
-    int64_t block_size, const Tensors& lora_as, const Tensors& lora_bs, const Numbers& scalings, const Tensor& indices,
-    double dropout_p, const OptionalTensor& seed, bool need_x, const Integers& need_as, const Integers& need_bs) {
+    const Tensor& grad_y, const Tensor& x, const Tensor& h, const Tensors& w, const Integers& wf,
+    const Tensors& lora_as, const Tensors& lora_bs, const Numbers& scalings, const Tensor& indices, double dropout_p,
+    const OptionalTensor& seed, bool need_x, const Integers& need_as, const Integers& need_bs) {
     const char* op = "multi_lora_linear_backward";
     const Rows given_dy = rows_of(op, "grad_y", grad_y), given_x = rows_of(op, "x", x);
     const int64_t rows = given_dy.rows, out_features = given_dy.columns, in_features = given_x.columns;
-    const Weight base =
-        weight_of(op, weight, absmax, nested_absmax, nested_quant_map, offset, block_size, out_features, in_features);
+    const Weight base = Weight::of(op, w, wf);
+    check_features(op, "grad_y", grad_y, base.out_features);
+    check_features(op, "x", x, base.in_features);
     check_shape(op, "x", x, given_x.rows == rows, "[..., in] with grad_y's rows");
     Batch batch;
     read_batch(op, lora_as, lora_bs, scalings, indices, rows, out_features, in_features,

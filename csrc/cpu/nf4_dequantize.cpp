@@ -2,8 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
-
 #include "cpu/engine.h"
 #include "cpu/quantize_host.h"
 
@@ -14,23 +12,13 @@ using torch::headeronly::ScalarType;
 
 constexpr const char* kOp = "nf4_dequantize";
 
-int64_t product(const std::vector<int64_t>& shape) {
-    int64_t result = 1;
-    for (int64_t size : shape) {
-        PEFTKERN_CHECK(size >= 0, kOp, ": shape must not be negative, got ", size);
-        result *= size;
-    }
-    return result;
-}
-
-Tensor nf4_dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                      const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
-                      const std::vector<int64_t>& shape, ScalarType dtype) {
+Tensor nf4_dequantize(const Tensors& w, const Integers& wf, ScalarType dtype) {
     const Dtype out_dtype = element_dtype(kOp, "dtype", dtype);
-    const int64_t numel = product(shape);
-    const Weight weight = weight_of(kOp, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, numel, 1);
+    const Weight weight = Weight::of(kOp, w, wf);
+    PEFTKERN_CHECK(weight.is_nf4, kOp, ": weight must be NF4, got a dense one");
+    const int64_t numel = weight.out_features * weight.in_features, block_size = weight.nf4.block_size;
     const QuantizeKernels& kernels = quantize_kernels(kOp);
-    Tensor out = torch::stable::empty(shape, dtype);
+    Tensor out = torch::stable::empty({weight.out_features, weight.in_features}, dtype);
     const Dequantize task{weight.nf4, numel, out.mutable_data_ptr(), out_dtype};
     torch::stable::parallel_for(0, ceil_divide(numel, block_size), blocks_per_thread(block_size),
                                 [&](int64_t begin, int64_t end) { kernels.dequantize(&task, begin, end); });

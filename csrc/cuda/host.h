@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "common/weight_format.h"
 #include "cuda/launchers.h"
 #include "cuda/rows.h"
 
@@ -73,32 +74,38 @@ inline Tensor matching(const char* op, const char* name, const Tensor& tensor, S
     return torch::stable::contiguous(tensor);
 }
 
-// The bytes of an NF4 weight; the tensors own what `view` points to.
+// The bytes of an NF4 weight [out, in], checked; the tensors own what `view` points to.
 struct Nf4Weight {
     Tensor codes, absmax, nested_absmax, nested_quant_map, offset;
     Nf4View view = {};
+    int64_t out_features, in_features, block_size;
 
-    Nf4Weight(const char* op, const Tensor& all_codes, const Tensor& scales, const OptionalTensor& nested,
-              const OptionalTensor& map, const OptionalTensor& mean, int64_t block_size, int64_t numel) {
-        check_block_size(op, block_size);
-        const bool is_nested = nested.has_value();
-        PEFTKERN_CHECK(map.has_value() == is_nested && mean.has_value() == is_nested, op,
-                       ": nested_absmax, nested_quant_map and offset must be given together");
-        const int64_t blocks = divide_up(numel, block_size);
-        const ScalarType scale_type = is_nested ? ScalarType::Byte : ScalarType::Float;
-        codes = aligned(matching(op, "codes", all_codes, ScalarType::Byte, divide_up(numel, 2), all_codes));
-        absmax = matching(op, "absmax", scales, scale_type, blocks, all_codes);
-        view.codes = codes.const_data_ptr<uint8_t>();
-        view.absmax = absmax.const_data_ptr();
-        while (int64_t{1} << view.block_shift < block_size) ++view.block_shift;
-        if (!is_nested) return;
+    bool nested() const { return view.nested_absmax != nullptr; }
+    static Nf4Weight of(const char* op, const Tensors& w, const Integers& wf) {
+        const WeightParts parts = weight_of(op, w, wf);
+        PEFTKERN_CHECK(parts.format == kNf4Format, op, ": weight must be NF4 on CUDA, got a dense one");
+        const Tensor* t = parts.tensors;
+        Nf4Weight weight;
+        weight.out_features = parts.out_features;
+        weight.in_features = parts.in_features;
+        weight.block_size = parts.block_size;
+        const int64_t numel = parts.out_features * parts.in_features, blocks = divide_up(numel, parts.block_size);
+        const ScalarType scale_type = parts.nested() ? ScalarType::Byte : ScalarType::Float;
+        weight.codes = aligned(matching(op, "codes", t[0], ScalarType::Byte, divide_up(numel, 2), t[0]));
+        weight.absmax = matching(op, "absmax", t[1], scale_type, blocks, t[0]);
+        Nf4View& view = weight.view;
+        view.codes = weight.codes.const_data_ptr<uint8_t>();
+        view.absmax = weight.absmax.const_data_ptr();
+        while (int64_t{1} << view.block_shift < parts.block_size) ++view.block_shift;
+        if (!parts.nested()) return weight;
         const int64_t nested_blocks = divide_up(blocks, kNestedBlockSize);
-        nested_absmax = matching(op, "nested_absmax", *nested, ScalarType::Float, nested_blocks, all_codes);
-        nested_quant_map = matching(op, "nested_quant_map", *map, ScalarType::Float, kNestedMapSize, all_codes);
-        offset = matching(op, "offset", *mean, ScalarType::Float, 1, all_codes);
-        view.nested_absmax = nested_absmax.const_data_ptr<float>();
-        view.nested_quant_map = nested_quant_map.const_data_ptr<float>();
-        view.offset = offset.const_data_ptr<float>();
+        weight.nested_absmax = matching(op, "nested_absmax", t[2], ScalarType::Float, nested_blocks, t[0]);
+        weight.nested_quant_map = matching(op, "nested_quant_map", t[3], ScalarType::Float, kNestedMapSize, t[0]);
+        weight.offset = matching(op, "offset", t[4], ScalarType::Float, 1, t[0]);
+        view.nested_absmax = weight.nested_absmax.const_data_ptr<float>();
+        view.nested_quant_map = weight.nested_quant_map.const_data_ptr<float>();
+        view.offset = weight.offset.const_data_ptr<float>();
+        return weight;
     }
 };
 

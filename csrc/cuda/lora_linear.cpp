@@ -22,25 +22,25 @@ Tensor factor(const char* op, const char* name, const Tensor& tensor, int64_t ro
     return aligned(tensor);
 }
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                                       const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
-                                       const OptionalTensor& offset, int64_t block_size, int64_t out_features,
-                                       const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                       const OptionalTensor& bias, double dropout_p, const OptionalTensor&) {
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensors& w, const Integers& wf, const Tensor& lora_a,
+                                       const Tensor& lora_b, double scaling, const OptionalTensor& bias,
+                                       double dropout_p, const OptionalTensor&) {
     constexpr const char* op = "lora_linear";
-    PEFTKERN_CHECK(block_size > 0 && absmax.has_value(), op, ": weight must be NF4 on CUDA, got a dense one");
     PEFTKERN_CHECK(dropout_p == 0, op, ": dropout_p must be 0 on CUDA, got ", dropout_p);
+    const Tensor& weight = first_of(op, w);
     check_device(op, "x", x, weight);
     const OnDevice device(op, x);
     const XRows rows(op, "x", x);
-    const Nf4Weight base(op, weight, *absmax, nested_absmax, nested_quant_map, offset, block_size,
-                         out_features * rows.columns);
+    const Nf4Weight base = Nf4Weight::of(op, w, wf);
+    check_features(op, "x", x, base.in_features);
+    const int64_t out_features = base.out_features;
     const DeviceTraits traits = device.traits();
-    const LinearCall call{rows.rows, out_features,    rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
-                          false,     has_gemm(traits)};
+    const LinearCall call{rows.rows,       out_features,  rows.columns, rows.dtype,
+                          base.block_size, base.nested(), false,        has_gemm(traits)};
     PEFTKERN_CHECK(choose_kernel(call, traits) == LinearKernel::kDecode, op,
                    ": x must have at most 8 rows, in bfloat16 or float16, of whole blocks of at least 64 on CUDA, got ",
-                   shape_text(x), " in ", torch::headeronly::toString(x.scalar_type()), " and blocks of ", block_size);
+                   shape_text(x), " in ", torch::headeronly::toString(x.scalar_type()), " and blocks of ",
+                   base.block_size);
     const int64_t rank = lora_a.dim() == 2 ? lora_a.size(0) : 0;
     const Tensor a = factor(op, "lora_a", lora_a, rank, rows.columns, rows, weight);
     const Tensor b = factor(op, "lora_b", lora_b, out_features, rank, rows, weight);

@@ -28,20 +28,19 @@ void gemm(const char* op, const OnDevice& device, const DeviceTraits& traits, bo
     check_cuda(op, launch_gemm(gemm, backward, traits, device.index(), device.stream()));
 }
 
-Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                  const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
-                  int64_t out_features, const OptionalTensor& bias) {
+Tensor nf4_linear(const Tensor& x, const Tensors& w, const Integers& wf, const OptionalTensor& bias) {
     constexpr const char* op = "nf4_linear";
-    check_device(op, "x", x, codes);
+    check_device(op, "x", x, first_of(op, w));
     const OnDevice device(op, x);
     const XRows rows(op, "x", x);
-    const Nf4Weight weight(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size,
-                           out_features * rows.columns);
-    const Tensor own_bias = dense_bias(op, bias, out_features, codes);
+    const Nf4Weight weight = Nf4Weight::of(op, w, wf);
+    check_features(op, "x", x, weight.in_features);
+    const int64_t out_features = weight.out_features;
+    const Tensor own_bias = dense_bias(op, bias, out_features, weight.codes);
 
     const DeviceTraits traits = device.traits();
-    const LinearCall call{rows.rows, out_features,    rows.columns, rows.dtype, block_size, nested_absmax.has_value(),
-                          false,     has_gemm(traits)};
+    const LinearCall call{rows.rows,         out_features,    rows.columns, rows.dtype,
+                          weight.block_size, weight.nested(), false,        has_gemm(traits)};
     const LinearKernel kernel = choose_kernel(call, traits);
     if (kernel == LinearKernel::kDense) {
         const Tensor dense = dequantized(op, device, weight, x, rows.dtype, out_features, rows.columns);
@@ -63,18 +62,17 @@ Tensor nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
     return y;
 }
 
-Tensor nf4_linear_backward(const Tensor& grad_y, const Tensor& codes, const Tensor& absmax,
-                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_quant_map,
-                           const OptionalTensor& offset, int64_t block_size, int64_t in_features) {
+Tensor nf4_linear_backward(const Tensor& grad_y, const Tensors& w, const Integers& wf) {
     constexpr const char* op = "nf4_linear_backward";
-    check_device(op, "grad_y", grad_y, codes);
+    check_device(op, "grad_y", grad_y, first_of(op, w));
     const OnDevice device(op, grad_y);
     const XRows rows(op, "grad_y", grad_y);
-    const Nf4Weight weight(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size,
-                           rows.columns * in_features);
+    const Nf4Weight weight = Nf4Weight::of(op, w, wf);
+    check_features(op, "grad_y", grad_y, weight.out_features);
+    const int64_t in_features = weight.in_features;
     const DeviceTraits traits = device.traits();
-    const LinearCall call{rows.rows, rows.columns,    in_features, rows.dtype, block_size, nested_absmax.has_value(),
-                          true,      has_gemm(traits)};
+    const LinearCall call{rows.rows,         rows.columns,    in_features, rows.dtype,
+                          weight.block_size, weight.nested(), true,        has_gemm(traits)};
     if (choose_kernel(call, traits) == LinearKernel::kGemm) {
         Tensor grad_x = torch::stable::new_empty(grad_y, sizes_with_columns(grad_y, in_features), grad_y.scalar_type());
         gemm(op, device, traits, true, linear_task(rows, weight, rows.columns, in_features, grad_x), grad_x);

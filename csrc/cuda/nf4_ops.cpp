@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
 #include "cuda/host.h"
 
@@ -42,20 +41,13 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax(const Tensor& absmax, const Tenso
     return {bytes, nested};
 }
 
-Tensor nf4_dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                      const OptionalTensor& nested_quant_map, const OptionalTensor& offset, int64_t block_size,
-                      const std::vector<int64_t>& shape, ScalarType dtype) {
+Tensor nf4_dequantize(const Tensors& w, const Integers& wf, ScalarType dtype) {
     constexpr const char* op = "nf4_dequantize";
     const Dtype out_dtype = element_dtype(op, "dtype", dtype);
-    int64_t numel = 1;
-    for (const int64_t size : shape) {
-        PEFTKERN_CHECK(size >= 0, op, ": shape must not be negative, got ", size);
-        numel *= size;
-    }
-    const OnDevice device(op, codes);
-    const Nf4Weight weight(op, codes, absmax, nested_absmax, nested_quant_map, offset, block_size, numel);
-    Tensor out = torch::stable::new_empty(codes, shape, dtype);
-    const CudaDequantize task{weight.view, numel, out.mutable_data_ptr(), out_dtype};
+    const OnDevice device(op, first_of(op, w));
+    const Nf4Weight weight = Nf4Weight::of(op, w, wf);
+    Tensor out = torch::stable::new_empty(weight.codes, {weight.out_features, weight.in_features}, dtype);
+    const CudaDequantize task{weight.view, out.numel(), out.mutable_data_ptr(), out_dtype};
     check_cuda(op, peftkern_cuda_nf4_dequantize(&task, device.stream()));
     return out;
 }

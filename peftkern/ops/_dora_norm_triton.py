@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.ops._linear import native_weight
 from peftkern.ops._reduce_triton import sum_parts
 from peftkern.ops._triton import codebook, launch, meta_nf4, padded_rank, product
 from peftkern.ops._weight_triton import Base, weight_stripe
@@ -262,28 +263,18 @@ def _column_products(
 
 
 def dora_linear_square_norm(
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
-    in_features: int,
+    w: list[Tensor],
+    wf: list[int],
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    parts = _row_sums_of(base, (out_features, in_features), None, None, False)
+    base = Base.of(w, wf)
+    parts = _row_sums_of(base, (base.out_features, base.in_features), None, None, False)
     return sum_parts(parts)
 
 
 def dora_linear_norm(
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -291,7 +282,7 @@ def dora_linear_norm(
     bf16: bool,
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    base = Base.of(w, wf)
     a, b = lora_a.contiguous(), lora_b.contiguous()
     rows, columns = b.shape[0], a.shape[1]
     wide_b = b.double()
@@ -327,18 +318,14 @@ def dora_linear_norm(
 def dora_linear_norm_backward(
     grad_norm: Tensor,
     norm: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """With c = dn / n: dB = s c (A W^T)^T + s^2 c B A A^T and dA = s (c B)^T W + s^2 B^T c B A."""
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    base = Base.of(w, wf)
     a, b = lora_a.contiguous(), lora_b.contiguous()
     (rows, rank), columns = b.shape, a.shape[1]
     products = _row_sums_of(base, (rows, columns), a, None, False)
@@ -384,9 +371,9 @@ def norm_configurations() -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     nf4, a, b, square = meta_nf4((4096, 4096)), empty(64, 4096), empty(4096, 64), empty(4096)
-    dora_linear_square_norm(*(*nf4, 4096, 4096))
+    dora_linear_square_norm(*nf4)
     dora_linear_norm(*(*nf4, a, b, 0.5, square, False))
     dora_linear_norm(*(*nf4, a, b, 0.5, square, True))
     dora_linear_norm_backward(*(square, square, *nf4, a, b, 0.5))
     a, b, square = empty(5, 4095), empty(4095, 5), empty(4095)
-    dora_linear_norm(*(empty(4095, 4095, dtype=torch.bfloat16), *(None,) * 4, 0, a, b, 0.5, square, True))
+    dora_linear_norm(*native_weight(empty(4095, 4095, dtype=torch.bfloat16)), a, b, 0.5, square, True)

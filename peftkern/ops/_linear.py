@@ -1,13 +1,14 @@
 """What the linear ops share: argument checks, autocast and the weight as the native ops take it."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from peftkern.engines.torch.decode import DENSE, NF4
 from peftkern.nf4 import NF4Weight
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,11 +64,37 @@ def autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, bias
 
 
-def native_weight(weight: Weight) -> tuple[Any, ...]:
-    """(weight or codes, absmax, nested_absmax, nested_quant_map, offset, block_size): block_size 0 means dense."""
+class WeightFormat(NamedTuple):
+    """What `wf` of a schema says of one weight, see csrc/common/weight_format.h: how its `parts` tensors are read."""
+
+    format: int
+    block_size: int
+    out_features: int
+    in_features: int
+    parts: int
+
+
+def native_weight(weight: Weight) -> tuple[list[Tensor], list[int]]:
+    """The weight as `w` and `wf` of a schema; those of several weights are one after the other."""
     if isinstance(weight, NF4Weight):
-        return *weight.tensors, weight.block_size
-    return weight, None, None, None, None, 0
+        parts = [part for part in weight.tensors if part is not None]
+        return parts, [NF4, weight.block_size, *weight.shape, len(parts)]
+    return [weight], [DENSE, 0, *weight.shape, 1]
+
+
+def formats_of(wf: Sequence[int]) -> list[WeightFormat]:
+    """Of each weight."""
+    count = len(WeightFormat._fields)
+    return [WeightFormat(*wf[i : i + count]) for i in range(0, len(wf), count)]
+
+
+def out_features_of(wf: Sequence[int]) -> int:
+    """Of the one weight."""
+    return WeightFormat(*wf).out_features
+
+
+def in_features_of(wf: Sequence[int]) -> int:
+    return WeightFormat(*wf).in_features
 
 
 def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -121,9 +148,18 @@ def empty_like(tensor: Tensor, needed: bool = True, dtype: torch.dtype | None = 
     return tensor.new_empty(tensor.shape if needed else (0,), dtype=dtype)
 
 
-def grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Of a dense weight [out, in], by torch's matmul."""
-    return (grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+def grad_weights(
+    needed: Sequence[bool], grad_ys: Sequence[Tensor], xs: Sequence[Tensor], w: Sequence[Any], wf: Sequence[int]
+) -> list[Tensor | None]:
+    """Of each tensor of `w`: of dense weights [out, in], by torch's matmul."""
+    grads: list[Tensor | None] = []
+    for grad_y, x, weight in zip(grad_ys, xs, formats_of(wf)):
+        place = len(grads)
+        grads += [None] * weight.parts
+        if weight.format == DENSE and needed[place]:
+            product = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            grads[place] = product.to(w[place].dtype)
+    return grads
 
 
 def grad_bias(grad_y: Tensor, bias: Any) -> Tensor:

@@ -2,27 +2,21 @@
 
 A call is data: fakes and formulas get the arguments of `csrc/ops.cpp` as attributes of those names, and this file alone
 knows where each stands. Triton and its kernels are imported when an op of the second namespace first runs.
-
-torch.library dispatches an op that has a formula to Python and back twice, which takes longer than the products of a
-small layer: 75 us against 22 us for a 16 x 16 lora_linear. Eager calls therefore go to one autograd.Function, to which
-lists are given flat; torch.compile, torch.export and modes see the op itself, torch.func a Function of its own kind.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from peftkern import backends
 from peftkern._native import ops as _native_ops
+from peftkern.ops._autograd import Plan, described, eager, getter, legacy_vmap, needed, vmap
 
 _library = torch.library.Library("peftkern_triton", "DEF")
+_native_library = torch.library.Library("peftkern", "IMPL")
 
 
 class Call:
@@ -31,8 +25,19 @@ class Call:
     def __init__(self, values: dict[str, Any]) -> None:
         self.__dict__ = values  # without the copy of a SimpleNamespace
 
+
+class _Restored(Call):
+    """Those of a call that was saved, named when the first is asked for: most formulas only pass them on."""
+
+    def __init__(self, names: Sequence[str], values: tuple[Any, ...]) -> None:
+        self.__dict__ = {"_names": names, "_values": values}
+
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no {name} among {', '.join(vars(self))}")
+        values = vars(self)
+        if len(values) == 2:
+            values.update(zip(values["_names"], values["_values"]))
+            return getattr(self, name)
+        raise AttributeError(name)
 
 
 # grads = formula(run, call, needs, grad): `run` runs the op's backward, whose arguments are those of `call` beside the
@@ -54,55 +59,6 @@ class Namespace:
 NATIVE, TRITON = Namespace(_native_ops), Namespace(torch.ops.peftkern_triton)
 # Of each implementation; the device of the tensors tells C++ and CUDA apart.
 NAMESPACES = {"cpu": NATIVE, "cuda": NATIVE, "triton": TRITON}
-
-
-class Unsaved(NamedTuple):
-    """What a formula knows of a tensor that was not saved."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-class _Record:
-    """What a Function is given beside its tensors. No pytree: torch.func hands it through as it is."""
-
-    __slots__ = ("inputs", "shape")
-
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
-        self.inputs = inputs
-        # Of the results, as `_shape` gives it.
-        self.shape: list[int | None] = []
-
-
-class _Plan:
-    """Where the tensors to save stand among a call's arguments and results, and what is kept of the others."""
-
-    def __init__(
-        self, names: Sequence[str], tensors: Sequence[str], lists: Sequence[str], saves: Sequence[str]
-    ) -> None:
-        singles = [name for name in saves if name not in lists]
-        self._lists = [name for name in saves if name in lists]
-        rest = [name for name in names if name not in saves and (name in tensors or name in lists)]
-        plain = [name for name in names if name not in (*saves, *rest)]
-        self._singles, self._list_places = _getter(names, singles), [names.index(name) for name in self._lists]
-        self._plain, self._rest = _getter(names, plain), [names.index(name) for name in rest]
-        self._names = (*plain, *rest, *singles)
-
-    def save(self, ctx: Any, values: tuple[Any, ...]) -> None:
-        tensors, counts = self._singles(values), []
-        for i in self._list_places:
-            tensors += tuple(values[i])
-            counts.append(len(values[i]))
-        ctx.save_for_backward(*tensors)
-        ctx.kept = self, (*self._plain(values), *[_described(values[i]) for i in self._rest]), counts
-
-    def restored(self, tensors: tuple[Any, ...], kept: tuple[Any, ...], counts: list[int]) -> dict[str, Any]:
-        values = dict(zip(self._names, kept + tensors))
-        first = len(self._names) - len(kept)
-        for name, count in zip(self._lists, counts):
-            values[name] = list(tensors[first : first + count])
-            first += count
-        return values
 
 
 class Op:
@@ -135,15 +91,15 @@ class Op:
         schema = getattr(_native_ops, name).default._schema
         self.name = name
         self.names = [argument.name for argument in schema.arguments]
-        self._values = [*self.names, *(result.name for result in schema.returns)]
+        self.values = [*self.names, *(result.name for result in schema.returns)]
         kinds = {argument.name: str(argument.type) for argument in schema.arguments}
-        self._lists = [name for name in self.names if kinds[name] == "List[Tensor]"]
-        self._tensors = [name for name in self.names if "Tensor" in kinds[name] and name not in self._lists]
-        self._list_places = [self.names.index(name) for name in self._lists]
-        self._single_tensors = _getter(self.names, self._tensors)
-        self._gives_lists = any(str(result.type) == "List[Tensor]" for result in schema.returns)
+        self.lists = [name for name in self.names if kinds[name] == "List[Tensor]"]
+        self.tensors = [name for name in self.names if "Tensor" in kinds[name] and name not in self.lists]
+        self.gives_lists = any(str(result.type) == "List[Tensor]" for result in schema.returns)
+        self.backward_names: list[str] = []
+        self._list_values = getter(self.names, self.lists)
         self._saves = saves
-        self._plans: dict[tuple[str, ...], _Plan] = {}
+        self._plans: dict[tuple[tuple[str, ...], tuple[int, ...]], Plan] = {}
         self._formula = backward
         self._of = of
 
@@ -160,19 +116,22 @@ class Op:
             backward_op = Op(f"{name}_backward", fake_backward, triton=triton, of=name)
             if backward_on_cuda is not None:
                 torch.library.impl(f"peftkern::{backward_op.name}", "cuda", backward_op._named(backward_on_cuda))
-            self._backward_name, self._backward_arguments = backward_op.name, itemgetter(*backward_op.names)
+            self._backward_name, self.backward_names = backward_op.name, backward_op.names
         for ops in namespaces:
             op = getattr(ops.library, name).default
-            torch.library.register_vmap(op, partial(_vmap, op))
+            torch.library.register_vmap(op, partial(vmap, op))
+            (_native_library if ops is NATIVE else _library).impl(name, partial(legacy_vmap, op), "Batched")
             if backward is not None or of is not None:
-                torch.library.register_autograd(op, partial(self._library_backward, ops), setup_context=self._save)
-                setattr(ops, name, self._eager(ops, op))
+                torch.library.register_autograd(op, partial(self._library_backward, ops), setup_context=self.save)
+                setattr(ops, name, eager(self, ops, op))
 
     def _named(self, function: Callable[[Call], Any]) -> Callable[..., Any]:
         return lambda *inputs: function(Call(dict(zip(self.names, inputs))))
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._of is not None:  # has no derivative, in any of its results
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """What torch calls setup_context. Only the first result is differentiable."""
+        if self._of is not None:  # none is, see `gradients`
+            ctx.plan = Plan(self, (), tuple(map(len, self._list_values(inputs))))
             return
         results = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*results[1:])
@@ -180,182 +139,55 @@ class Op:
         saves = self._saves
         if callable(saves):
             saves = saves(Call(dict(zip(self.names, inputs))))
-        plan = self._plans.get(saves)
+        counts = tuple(map(len, self._list_values(inputs)))
+        plan = self._plans.get((saves, counts))
         if plan is None:
-            plan = self._plans[saves] = _Plan(self._values, self._tensors, self._lists, saves)
+            plan = self._plans[saves, counts] = Plan(self, saves, counts)
         plan.save(ctx, (*inputs, *results))
-        if isinstance(results[0], list):
-            ctx.differentiable = _described(results[0])
+        if self.gives_lists:
+            ctx.differentiable = described(results[0])
 
-    def _gradients(self, ops: Namespace, ctx: Any, needs: dict[str, Any], grad: Any) -> dict[str, Any]:
+    def gradients(self, ops: Namespace, ctx: Any, needs: dict[str, Any], grad: Any) -> dict[str, Any]:
         """What the formula finds; nothing where a later op gave no gradient."""
-        if self._formula is None:
+        if self._of is not None:
             raise RuntimeError(
                 f"{self._of}: double backward is not implemented; use backend='reference' for second derivatives"
             )
         if isinstance(grad, list):
-            given = next((each for each in grad if each is not None), None)
-            if given is not None:
-                grad = [
-                    given.new_zeros(result.shape, dtype=result.dtype) if each is None else each
-                    for each, result in zip(grad, ctx.differentiable)
-                ]
-            grad = None if given is None else grad
+            grad = _without_gaps(grad, ctx.differentiable)
         if grad is None:
             return {}
-        plan, kept, counts = ctx.kept
-        values = plan.restored(ctx.saved_tensors, kept, counts)
+        plan = ctx.plan
+        values = plan.restored(ctx)
 
         def run(**given: Any) -> Any:
-            return getattr(ops, self._backward_name)(*self._backward_arguments({**values, **given}))
+            return getattr(ops, self._backward_name)(*plan.backward_arguments(values, given))
 
-        return self._formula(run, Call(values), Call(needs), grad)
+        assert self._formula is not None
+        return self._formula(run, _Restored(plan.names, values), Call(needs), grad)
 
     def _library_backward(self, ops: Namespace, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The formula as torch.library wants it: lists as lists."""
         needs = dict(zip(self.names, ctx.needs_input_grad))
-        found = self._gradients(ops, ctx, needs, grads[0])
+        found = self.gradients(ops, ctx, needs, grads[0])
         return tuple(
-            _needed(needs[name], found.get(name)) if name in self._lists or needs[name] is True else None
+            needed(needs[name], found.get(name))
+            if name in self.lists
+            else (found.get(name) if needs[name] is True else None)
             for name in self.names
         )
 
-    def _eager(self, ops: Namespace, op: Any) -> Callable[..., Any]:
-        """The op for calls by position, with the formula at hand where nothing is traced."""
-        below_autograd = torch._C._AutoDispatchBelowAutograd
 
-        def forward(ctx: Any, record: _Record, *tensors: Any) -> Any:
-            with below_autograd():
-                output = op(*record.inputs)
-            self._save(ctx, record.inputs, output)
-            ctx.counts = [len(record.inputs[i]) for i in self._list_places]
-            if self._gives_lists:
-                ctx.shape = record.shape = _shape(output)
-                return tuple(_flat(output))
-            return output
-
-        def backward(ctx: Any, *grads: Any) -> Any:
-            flags = ctx.needs_input_grad[1:]
-            needs = dict(zip(self._tensors, flags))
-            first = len(needs)
-            for name, count in zip(self._lists, ctx.counts):
-                needs[name] = flags[first : first + count]
-                first += count
-            grad = _nested(grads, ctx.shape)[0] if self._gives_lists else grads[0]
-            found = self._gradients(ops, ctx, needs, grad)
-            wanted = [None, *[found.get(name) if needs[name] else None for name in self._tensors]]
-            for name in self._lists:
-                wanted += _needed(needs[name], found.get(name))
-            return tuple(wanted)
-
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise RuntimeError(f"{self.name}: forward mode is not implemented; use backend='reference' for it")
-
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
-        function: Any = type(f"{self.name}_function", (torch.autograd.Function,), members)
-        # Function.apply first looks for what torch.func has left behind: 4 us of 90.
-        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-        # torch.func gives a Function its tensors at each level, as arguments, and sees what it saves in setup_context.
-        def filled(record: _Record, tensors: Sequence[Any]) -> tuple[Any, ...]:
-            values, rest = dict(zip(self.names, record.inputs)), iter(tensors)
-            values |= zip(self._tensors, rest)
-            values |= {name: list(islice(rest, len(values[name]))) for name in self._lists}
-            return tuple(values.values())
-
-        def forward_alone(record: _Record, *tensors: Any) -> Any:
-            with below_autograd():
-                output = op(*filled(record, tensors))
-            if self._gives_lists:
-                record.shape = _shape(output)
-                return tuple(_flat(output))
-            return output
-
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            record, *tensors = inputs
-            self._save(ctx, filled(record, tensors), _nested(output, record.shape) if self._gives_lists else output)
-            ctx.counts, ctx.shape = [len(record.inputs[i]) for i in self._list_places], record.shape
-
-        members |= {"forward": staticmethod(forward_alone), "setup_context": staticmethod(setup_context)}
-        transformed: Any = type(f"{self.name}_transformed", (function,), {**members, "generate_vmap_rule": True})
-
-        def call(*inputs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return op(*inputs)
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                run = transformed.apply
-            elif torch._C._len_torch_dispatch_stack() > 0:
-                return op(*inputs)
-            elif not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) and (
-                forward_ad._current_level < 0
-            ):
-                with below_autograd():
-                    return op(*inputs)
-            else:
-                run = apply
-            tensors = self._single_tensors(inputs)
-            for i in self._list_places:
-                tensors += tuple(inputs[i])
-            record = _Record(inputs)
-            output = run(record, *tensors)
-            return _nested(output, record.shape) if self._gives_lists else output
-
-        return call
-
-
-def _getter(names: Sequence[str], wanted: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function of values by `names` that gives those that are wanted."""
-    places = [names.index(name) for name in wanted]
-    if len(places) > 1:
-        return itemgetter(*places)
-    return (lambda values: (values[places[0]],)) if places else (lambda values: ())
+def _without_gaps(grads: list[Any], results: list[Any]) -> list[Any] | None:
+    """Zeros where a result got no gradient; None if none did."""
+    given = next((grad for grad in grads if grad is not None), None)
+    if given is None:
+        return None
+    return [
+        given.new_zeros(result.shape, dtype=result.dtype) if grad is None else grad
+        for grad, result in zip(grads, results)
+    ]
 
 
 def _run_triton(module: str, name: str, *args: Any) -> Any:
     return getattr(importlib.import_module(f"peftkern.ops.{module}"), name)(*args)
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_described(each) for each in value]
-    return None if value is None else Unsaved(value.shape, value.dtype)
-
-
-def _needed(needs: Sequence[bool] | bool, grads: Any) -> Any:
-    """The gradients that are needed, None for the others."""
-    if not isinstance(needs, Sequence):
-        return grads if needs else None
-    if grads is None:
-        return [None] * len(needs)
-    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    return [each for value in values for each in (value if isinstance(value, list) else (value,))]
-
-
-def _shape(values: Sequence[Any]) -> list[int | None]:
-    """Of lists their lengths, of the others None."""
-    return [len(value) if isinstance(value, list) else None for value in values]
-
-
-def _nested(flat: Sequence[Any], shape: list[int | None]) -> Any:
-    """Undoes `_flat`."""
-    rest = iter(flat)
-    return tuple(next(rest) if count is None else list(islice(rest, count)) for count in shape)
-
-
-def _vmap(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    """One call after the other, as torch does by itself for ops without lists."""
-
-    def part(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, list) and isinstance(dim, list):
-            return [part(each, of, i) for each, of in zip(value, dim)]
-        return value if dim is None else value.select(dim, i)
-
-    outputs = [op(*(part(value, dim, i) for value, dim in zip(args, in_dims))) for i in range(info.batch_size)]
-    if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs), 0
-    shape = _shape(outputs[0])
-    together = _nested([torch.stack(each) for each in zip(*map(_flat, outputs))], shape)
-    return together, _nested([0] * len(_flat(together)), shape)

@@ -17,7 +17,6 @@ from peftkern.ops._linear import (
     check_linear,
     dense_weight,
     grad_bias,
-    grad_weight,
     native_weight,
 )
 from peftkern.ops.lora_linear import check_lora, lora_linear_reference
@@ -34,13 +33,10 @@ class Projection(NamedTuple):
 
 
 class NativeProjections(NamedTuple):
-    """The lists of a native op's schema; see ProjectionLists in csrc/cpu/lora_qkv.h."""
+    """The lists of a native op's schema."""
 
-    weights: list[Tensor]
-    scales: list[Tensor]
-    scale_counts: list[int]
-    block_sizes: list[int]
-    out_features: list[int]
+    w: list[Tensor]
+    wf: list[int]
     lora_as: list[Tensor]
     lora_bs: list[Tensor]
     scalings: list[float]
@@ -82,25 +78,21 @@ def native_projections(projections: Sequence[Projection]) -> NativeProjections:
     """Adapters that are missing have rank 0 there, biases no elements."""
     present = next((p.lora_a for p in projections if p.lora_a is not None), None)
     dtype = torch.float32 if present is None else present.dtype
-    lists = NativeProjections([], [], [], [], [], [], [], [], [])
+    lists = NativeProjections([], [], [], [], [], [])
     for weight, lora_a, lora_b, scaling, bias in projections:
         out_features, in_features = weight.shape
-        codes, *scales, block_size = native_weight(weight)
-        scales = [scale for scale in scales if scale is not None]
+        parts, native_format = native_weight(weight)
         if lora_a is None or lora_b is None:
-            lora_a = codes.new_empty((0, in_features), dtype=dtype)
-            lora_b, scaling = codes.new_empty((out_features, 0), dtype=dtype), 0.0
+            lora_a = parts[0].new_empty((0, in_features), dtype=dtype)
+            lora_b, scaling = parts[0].new_empty((out_features, 0), dtype=dtype), 0.0
         elif isinstance(scaling, Tensor):  # folded into B [out, rank]: torch differentiates it
             lora_b, scaling = lora_b.float() * scaling, 1.0
-        lists.weights.append(codes)
-        lists.scales.extend(scales)
-        lists.scale_counts.append(len(scales))
-        lists.block_sizes.append(block_size)
-        lists.out_features.append(out_features)
+        lists.w.extend(parts)
+        lists.wf.extend(native_format)
         lists.lora_as.append(lora_a)
         lists.lora_bs.append(lora_b)
         lists.scalings.append(scaling)
-        lists.biases.append(codes.new_empty(0, dtype=dtype) if bias is None else bias)
+        lists.biases.append(parts[0].new_empty(0, dtype=dtype) if bias is None else bias)
     return lists
 
 
@@ -125,13 +117,6 @@ def split_grad_a(grad_a: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
     """Each A's gradient."""
     parts = grad_a.split([lora_a.shape[0] for lora_a in lora_as])
     return [part.to(lora_a.dtype) for part, lora_a in zip(parts, lora_as)]
-
-
-def grad_weights(
-    needed: Sequence[bool], grad_ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Of dense weights."""
-    return [grad_weight(dy, x, weight) if need else None for need, dy, x, weight in zip(needed, grad_ys, xs, weights)]
 
 
 def grad_biases(needed: Sequence[bool], grad_ys: Sequence[Tensor], biases: Sequence[Any]) -> list[Tensor | None]:

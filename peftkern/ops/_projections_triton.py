@@ -9,7 +9,7 @@ so that rows begin where the compiler knows them to.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from peftkern.ops._low_rank_triton import down, up
 from peftkern.ops._projections import stacked_dtype
 from peftkern.ops._reduce_triton import padded, reduce
 from peftkern.ops._triton import NO_MASK, Mask, mask_of
-from peftkern.ops._weight_triton import Base, matmul
+from peftkern.ops._weight_triton import matmul
 
 
 class Adapters(NamedTuple):
@@ -48,21 +48,6 @@ class Adapters(NamedTuple):
         """One adapter's columns of h [rows, sum of ranks]."""
         first = sum(len(lora_a) for lora_a in self.lora_as[:index])
         return h[:, first : first + len(self.lora_as[index])]
-
-
-class Weights(NamedTuple):
-    """The lists of an op's schema, see `native_projections`."""
-
-    weights: Sequence[Tensor]
-    scales: Sequence[Tensor]
-    scale_counts: Sequence[int]
-    block_sizes: Sequence[int]
-
-    def base(self, index: int) -> Base:
-        """One of them, as the ops of one weight have it."""
-        first = sum(self.scale_counts[:index])
-        scales: Any = [*self.scales[first : first + self.scale_counts[index]], None, None, None, None]
-        return Base(self.weights[index], scales[0], scales[1], scales[2], scales[3], self.block_sizes[index])
 
 
 def given(bias: Tensor) -> Tensor | None:

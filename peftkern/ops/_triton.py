@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftkern.backends import interpreting
 from peftkern.ops._dropout import keep_scale, threshold
+from peftkern.ops._linear import NF4
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, NF4_VALUES
 
 INTERPRETING = tl.constexpr(interpreting())
@@ -105,19 +106,18 @@ def mask_of(dropout_p: float, seed: Tensor | None) -> Mask:
     return NO_MASK if seed is None else Mask(seed, threshold(dropout_p), keep_scale(dropout_p))
 
 
-def meta_nf4(shape: tuple[int, int], block_size: int = 64, nested: bool = True) -> Any:
-    """An NF4 weight without bytes, as the ops take it: for `configurations`, whose launches are compiled, not run."""
+def meta_nf4(shape: tuple[int, int], block_size: int = 64, nested: bool = True) -> tuple[list[Tensor], list[int]]:
+    """An NF4 weight without bytes, as `w` and `wf`: for `configurations`, whose launches are compiled, not run."""
 
     def part(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     elements = shape[0] * shape[1]
     blocks = triton.cdiv(elements, block_size)
-    codes = part(triton.cdiv(elements, 2), torch.uint8)
-    if not nested:
-        return codes, part(blocks, torch.float32), None, None, None, block_size
-    scales = (part(triton.cdiv(blocks, NESTED_BLOCK_SIZE), torch.float32), part(256, torch.float32))
-    return codes, part(blocks, torch.uint8), *scales, part(1, torch.float32), block_size
+    w = [part(triton.cdiv(elements, 2), torch.uint8), part(blocks, torch.uint8 if nested else torch.float32)]
+    if nested:
+        w += [part(size, torch.float32) for size in (triton.cdiv(blocks, NESTED_BLOCK_SIZE), 256, 1)]
+    return w, [NF4, block_size, *shape, len(w)]
 
 
 def padded_rank(rank: int, most: int = 64) -> int:

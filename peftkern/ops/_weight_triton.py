@@ -3,6 +3,7 @@
 Either way a 4-bit weight is rounded once to x's dtype. A dense one is not: its product is in the dtype that holds both.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.ops._extended_triton import extended, matmul
+from peftkern.ops._linear import formats_of
 from peftkern.ops._low_rank_triton import low_rank_tile
 from peftkern.ops._reduce_triton import sum_parts
 from peftkern.ops._triton import PROGRAMS, block_scale, codebook, decoded, dot_operand, launch
@@ -196,7 +198,7 @@ def runs_fused(rows: int, in_features: int, block_size: int) -> bool:
 
 
 class Base(NamedTuple):
-    """The weight of a linear op, as its schema has it: `block_size` 0 means that `weight` is dense [out, in]."""
+    """The weight [out, in] of a linear op; `block_size` 0 means that `weight` is dense."""
 
     weight: Tensor
     absmax: Tensor | None
@@ -204,8 +206,31 @@ class Base(NamedTuple):
     nested_quant_map: Tensor | None
     offset: Tensor | None
     block_size: int
+    out_features: int
+    in_features: int
 
-    def dense(self, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    @classmethod
+    def each(cls, w: Sequence[Tensor], wf: Sequence[int]) -> list["Base"]:
+        """Those of an op's schema."""
+        bases, rest = [], iter(w)
+        for weight in formats_of(wf):
+            parts = [next(rest) for _ in range(weight.parts)]
+            fields: Any = (
+                *parts,
+                *[None] * (5 - len(parts)),
+                weight.block_size,
+                weight.out_features,
+                weight.in_features,
+            )
+            bases.append(cls(*fields))
+        return bases
+
+    @classmethod
+    def of(cls, w: Sequence[Tensor], wf: Sequence[int]) -> "Base":
+        """That of an op of one weight."""
+        return cls.each(w, wf)[0]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
         """[out, in] for a product by torch: a dense weight as it is, 4-bit codes decoded and rounded once to `dtype`.
 
         The memory comes from torch's allocator, which hands it out again in stream order and to a graph from its own
@@ -213,8 +238,8 @@ class Base(NamedTuple):
         """
         if not self.block_size:
             return self.weight
-        parts: Any = self
-        return dequantize_into(self.weight.new_empty((out_features, in_features), dtype=dtype), *parts)
+        out = self.weight.new_empty((self.out_features, self.in_features), dtype=dtype)
+        return dequantize_into(out, self[:5], self.block_size)
 
     def kernel_arguments(self) -> tuple[Tensor | int | None, ...]:
         """The arguments of `weight_tile` from `weight` on: parts, strides and block size."""
@@ -224,18 +249,13 @@ class Base(NamedTuple):
         return *parts, 0, 0, self.block_size.bit_length() - 1
 
     def _few_rows(
-        self,
-        x: Tensor,
-        out_features: int,
-        small: Tensor | None = None,
-        factor: Tensor | None = None,
-        scale: float = 1.0,
+        self, x: Tensor, small: Tensor | None = None, factor: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         """Parts [splits, rows, out] of x [rows, in] times a 4-bit weight's transpose, where `runs_fused`.
 
         With a low-rank product scale * small @ factor in the first of them.
         """
-        rows, in_features = x.shape
+        (rows, in_features), out_features = x.shape, self.out_features
         wide = x.dtype == torch.float32  # no tensor cores: both operands lie in registers
         out_tile = OUT_TILE // 2 if wide else OUT_TILE
         out_tiles, steps = triton.cdiv(out_features, out_tile), in_features // STEP
@@ -255,30 +275,28 @@ class Base(NamedTuple):
         )
         return parts
 
-    def product(self, x: Tensor, out_features: int) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """x [rows, in] times the weight's transpose, [rows, out]: fp32 where few rows decode it, else as `matmul`."""
         rows, in_features = x.shape
         if runs_fused(rows, in_features, self.block_size):
-            return sum_parts(self._few_rows(x, out_features))
-        return matmul(x, self.dense(out_features, in_features, x.dtype).t())
+            return sum_parts(self._few_rows(x))
+        return matmul(x, self.dense(x.dtype).t())
 
-    def linear(self, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same plus a bias, in x's dtype."""
         rows, in_features = x.shape
         if runs_fused(rows, in_features, self.block_size):
-            return sum_parts(self._few_rows(x, out_features), 1.0, bias, x.dtype)
-        dense = self.dense(out_features, in_features, x.dtype)
+            return sum_parts(self._few_rows(x), 1.0, bias, x.dtype)
+        dense = self.dense(x.dtype)
         if bias is not None and bias.dtype == dense.dtype == x.dtype:
             return F.linear(x, dense, bias)
         y = matmul(x, dense.t())
         return (y if bias is None else y + bias).to(x.dtype)
 
-    def extended(
-        self, x: Tensor, out_features: int, small: Tensor, factor: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
+    def extended(self, x: Tensor, small: Tensor, factor: Tensor, scale: float, bias: Tensor | None) -> Tensor:
         """The same plus scale * small @ factor, rounded once but where torch's library makes the product."""
         rows, in_features = x.shape
         if runs_fused(rows, in_features, self.block_size):
-            return sum_parts(self._few_rows(x, out_features, small, factor, scale), 1.0, bias, x.dtype)
-        right = self.dense(out_features, in_features, x.dtype).t()
+            return sum_parts(self._few_rows(x, small, factor, scale), 1.0, bias, x.dtype)
+        right = self.dense(x.dtype).t()
         return extended(x, right, small, factor, scale, bias=bias)

@@ -88,8 +88,12 @@ def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     return losses, torch.empty_like(losses), torch.empty_like(losses)
 
 
+def _fake_backward(call: Any) -> Tensor:
+    return empty_like(call.logits)
+
+
 def _backward(run: Any, call: Any, needs: Any, grad_losses: Tensor) -> dict[str, Any]:
     return {"logits": run(grad_losses=grad_losses)} if needs.logits else {}
 
 
-Op(OP, _fake, _backward, ("logits", "target", "top", "log_sum"), lambda call: empty_like(call.logits))
+Op(OP, _fake, _backward, ("logits", "target", "top", "log_sum"), _fake_backward)

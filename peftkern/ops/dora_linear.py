@@ -37,9 +37,10 @@ from peftkern.ops._linear import (
     native_weight,
     number,
     oracle,
+    out_features_of,
 )
 from peftkern.ops._op import NAMESPACES, Op
-from peftkern.ops.lora_linear import WEIGHT, check_lora, low_rank_product
+from peftkern.ops.lora_linear import check_lora, low_rank_product
 
 DropoutMode = Literal["peft", "lora_only"]
 DROPOUT_MODES = ("peft", "lora_only")
@@ -79,13 +80,13 @@ def dora_linear_reference(
 
 def weight_square_norm(weight: Weight, *, backend: str | None = None) -> Tensor:
     """||W_j||^2 of every row, fp32 [out] (float64 for a float64 weight); without a dense NF4 weight on the kernels."""
-    parts = native_weight(weight)
-    probe = parts[0].new_empty(0, dtype=weight.dtype)
+    native = native_weight(weight)
+    probe = native[0][0].new_empty(0, dtype=weight.dtype)
     implementation = backends.choose("dora_norm", probe, backend).implementation
     if implementation == "torch":
         return composed.square_norm(FrozenWeight.of(weight))
     if implementation != "reference":
-        return NAMESPACES[implementation].dora_linear_square_norm(*parts, *weight.shape)
+        return NAMESPACES[implementation].dora_linear_square_norm(*native)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return dense_weight(weight, wide).detach().square().sum(1)
 
@@ -214,7 +215,6 @@ def dora_linear(
     y, _, _ = NAMESPACES[implementation].dora_linear(
         x,
         *native_weight(weight),
-        out_features,
         lora_a,
         lora_b,
         scale,
@@ -229,7 +229,7 @@ def dora_linear(
 
 
 def _fake_square_norm(call: Any) -> Tensor:
-    return call.weight.new_empty(call.out_features, dtype=torch.float32)
+    return call.w[0].new_empty(out_features_of(call.wf), dtype=torch.float32)
 
 
 def _fake_norm(call: Any) -> Tensor:
@@ -246,7 +246,7 @@ def _norm_backward(run: Any, call: Any, needs: Any, grad_norm: Tensor) -> dict[s
 
 
 def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = call.x.new_empty((*call.x.shape[:-1], call.out_features))
+    y = call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf)))
     return y, low_rank_product(call), empty_like(y, call.need_z)
 
 
@@ -274,8 +274,8 @@ def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]
 
 _op = partial(Op, triton="dora_linear_triton")
 _op("dora_linear_square_norm", _fake_square_norm)
-_norm_saves = ("norm", *WEIGHT, "lora_a", "lora_b")
+_norm_saves = ("norm", "w", "lora_a", "lora_b")
 _op("dora_linear_norm", _fake_norm, _norm_backward, _norm_saves, _fake_norm_backward)
-_op("dora_linear", _fake, _backward, ("x", "h", "z", *WEIGHT, "lora_a", "lora_b", "scale", "seed"), _fake_backward)
+_op("dora_linear", _fake, _backward, ("x", "h", "z", "w", "lora_a", "lora_b", "scale", "seed"), _fake_backward)
 # The name under which `dora_norm` chooses.
 backends.TRITON_OPS.add("dora_norm")

@@ -33,13 +33,8 @@ __all__ = [
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scale: Tensor,
@@ -53,21 +48,21 @@ def dora_linear(
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
     mask = mask_of(dropout_p, seed)
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    base = Base.of(w, wf)
     h, kept, rest, _ = down(rows, lora_a.t(), mask=mask, need_scaled=drop_base and mask.seed is not None)
-    z = x.new_empty((*x.shape[:-1], out_features) if need_z else (0,))
+    z = x.new_empty((*x.shape[:-1], base.out_features) if need_z else (0,))
     y = up(
         h,
         lora_b.t(),
         x.dtype,
         scaling,
         bias=bias,
-        inner=base.product(rows if kept is None else kept, out_features),
-        outer=None if rest is None else base.product(rest, out_features),
+        inner=base.product(rows if kept is None else kept),
+        outer=None if rest is None else base.product(rest),
         scales=scale.contiguous(),
         unscaled=z if need_z else None,
     )
-    return y.view(*x.shape[:-1], out_features), h, z
+    return y.view(*x.shape[:-1], base.out_features), h, z
 
 
 def dora_linear_backward(
@@ -75,12 +70,8 @@ def dora_linear_backward(
     x: Tensor,
     h: Tensor,
     z: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scale: Tensor,
@@ -114,8 +105,8 @@ def dora_linear_backward(
     if need_b:
         _, grad_b = reduce(grad, h, scale=scaling, dtype=lora_b.dtype, scales=scale)
     if need_x:
-        base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-        dense = base.dense(grad.shape[1], x.shape[-1], grad.dtype)
+        base = Base.of(w, wf)
+        dense = base.dense(grad.dtype)
         # Where the base is dropped as well: dx = mask * (dh A + (g - 1) * dy W) + dy W.
         inner = matmul(scaled, dense) if split else None
         outer = matmul(grad if split else scaled, dense)
@@ -138,6 +129,6 @@ def configurations() -> None:
         weight: Any = meta_nf4((size, size))
         x, lora_a, lora_b, scale = empty(8192, size, dtype=dtype), empty(rank, size), empty(size, rank), empty(size)
         rest: Any = (*weight, lora_a, lora_b, scale, 0.5)
-        y, h, z = dora_linear(*(x, *weight, size, lora_a, lora_b, scale, 0.5, scale, *dropout, True))
+        y, h, z = dora_linear(*(x, *weight, lora_a, lora_b, scale, 0.5, scale, *dropout, True))
         dora_linear_backward(*(y, x, h, z, *rest, *dropout, True, True, True, True))
     norm_configurations()

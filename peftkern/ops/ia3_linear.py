@@ -25,6 +25,7 @@ from peftkern.ops._linear import (
     empty_like,
     native_weight,
     oracle,
+    out_features_of,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -92,11 +93,11 @@ def ia3_linear_by(
     if implementation == "torch":
         return composed.ia3_linear(x, FrozenWeight.of(weight), scale, bias, scale_input)
     run = NAMESPACES[implementation].ia3_linear
-    return run(x, *native_weight(weight), weight.shape[0], scale.float(), bias, scale_input)
+    return run(x, *native_weight(weight), scale.float(), bias, scale_input)
 
 
 def _fake(call: Any) -> Tensor:
-    return call.x.new_empty((*call.x.shape[:-1], call.out_features))
+    return call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf)))
 
 
 def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
@@ -104,8 +105,7 @@ def _fake_backward(call: Any) -> tuple[Tensor, Tensor]:
 
 
 def _saves(call: Any) -> tuple[str, ...]:
-    y = () if call.scale_input else ("y",)
-    return "x", *y, "weight", "absmax", "nested_absmax", "nested_quant_map", "offset", "scale", "bias"
+    return ("x", "w", "scale", "bias") if call.scale_input else ("x", "y", "w", "scale", "bias")
 
 
 def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.ops._linear import native_weight
 from peftkern.ops._reduce_triton import sum_parts
 from peftkern.ops._triton import codebook, dot_operand, launch, meta_nf4, rounded
 from peftkern.ops._weight_triton import Base, matmul, rows_of, weight_tile
@@ -180,39 +181,30 @@ def _small_columns(
 
 def ia3_linear(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
+    w: list[Tensor],
+    wf: list[int],
     scale: Tensor,
     bias: Tensor | None,
     scale_input: bool,
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    base = Base.of(w, wf)
     if scale_input:
         scaled, _ = scale_columns(rows, scale.contiguous())
-        y = base.linear(scaled, out_features, bias)
+        y = base.linear(scaled, bias)
     else:
-        product, bias = base.product(rows, out_features), None if bias is None else bias.contiguous()
+        product, bias = base.product(rows), None if bias is None else bias.contiguous()
         y, _ = scale_columns(product, scale.contiguous(), bias, dtype=x.dtype)
-    return y.view(*x.shape[:-1], out_features)
+    return y.view(*x.shape[:-1], base.out_features)
 
 
 def ia3_linear_backward(
     grad_y: Tensor,
     x: Tensor,
     y: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
+    w: list[Tensor],
+    wf: list[int],
     scale: Tensor,
     bias: Tensor | None,
     scale_input: bool,
@@ -221,11 +213,10 @@ def ia3_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
     grad, rows, scale = rows_of(grad_y), rows_of(x), scale.contiguous()
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    out_features, in_features = grad.shape[1], rows.shape[1]
+    base = Base.of(w, wf)
     grad_x, grad_scale = grad_y.new_empty(0), scale.new_empty(0)
     if scale_input:
-        product = matmul(grad, base.dense(out_features, in_features, grad.dtype))
+        product = matmul(grad, base.dense(grad.dtype))
         others = rows if need_scale else None
         result, parts = scale_columns(product, scale, others=others, need_out=need_x, dtype=x.dtype)
         divisors = None
@@ -237,7 +228,7 @@ def ia3_linear_backward(
         if parts is not None:
             _replace_small_columns(parts, rows, grad, base, scale, bias, least)
         if result is not None:
-            result = matmul(result, base.dense(out_features, in_features, grad.dtype)).to(x.dtype)
+            result = matmul(result, base.dense(grad.dtype)).to(x.dtype)
     if parts is not None:
         grad_scale = sum_parts(parts, dtype=scale.dtype, divisors=divisors)
     if result is not None:
@@ -286,8 +277,8 @@ def configurations() -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for dtype, size, nf4 in ((torch.bfloat16, 4096, True), (torch.float16, 4095, False), (torch.float32, 4096, True)):
-        weight: Any = meta_nf4((size, size)) if nf4 else (empty(size, size, dtype=dtype), *(None,) * 4, 0)
+        weight: Any = meta_nf4((size, size)) if nf4 else native_weight(empty(size, size, dtype=dtype))
         x, scale, bias = empty(8192, size, dtype=dtype), empty(size), empty(size, dtype=dtype)
         for scale_input in (False, True):
-            y = ia3_linear(*(x, *weight, size, scale, bias, scale_input))
+            y = ia3_linear(*(x, *weight, scale, bias, scale_input))
             ia3_linear_backward(*(x, x, y, *weight, scale, bias, scale_input, True, True))

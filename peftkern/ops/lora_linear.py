@@ -31,10 +31,11 @@ from peftkern.ops._linear import (
     dense_weight,
     empty_like,
     grad_bias,
-    grad_weight,
+    grad_weights,
     native_weight,
     number,
     oracle,
+    out_features_of,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -124,7 +125,7 @@ def lora_linear_by(
         return linears(x, [projection], dropout_p)[0]
     seed = draw_seed(x.device) if dropout_p > 0 else None
     run = NAMESPACES[implementation].lora_linear
-    y, _ = run(x, *native_weight(weight), weight.shape[0], lora_a, lora_b, scaling, bias, dropout_p, seed)
+    y, _ = run(x, *native_weight(weight), lora_a, lora_b, scaling, bias, dropout_p, seed)
     return y
 
 
@@ -160,8 +161,9 @@ def check_lora(
 ) -> tuple[int, int]:
     """Checks every argument of a LoRA linear; returns (out_features, in_features)."""
     out_features, in_features = check_linear(op, x, weight, bias)
+    dtypes = tuple(dict.fromkeys((torch.float32, computing_dtype(x))))
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        check_tensor(op, name, tensor, tuple(dict.fromkeys((torch.float32, computing_dtype(x)))), x.device)
+        check_tensor(op, name, tensor, dtypes, x.device)
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features:
         raise ValueError(f"{op}: lora_a must have shape [rank, {in_features}], got {list(lora_a.shape)}")
     if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != lora_a.shape[0]:
@@ -194,7 +196,7 @@ def low_rank_product(call: Any) -> Tensor:
 
 
 def _fake(call: Any) -> tuple[Tensor, Tensor]:
-    return call.x.new_empty((*call.x.shape[:-1], call.out_features)), low_rank_product(call)
+    return call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf))), low_rank_product(call)
 
 
 def _fake_backward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,8 +213,8 @@ def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]
         found["x"], found["lora_a"], found["lora_b"] = run(
             grad_y=grad_y, need_x=needs.x, need_a=needs.lora_a, need_b=needs.lora_b
         )
-    if needs.weight:
-        found["weight"] = grad_weight(grad_y, call.x, call.weight)
+    if any(needs.w):
+        found["w"] = grad_weights(needs.w, [grad_y], [call.x], call.w, call.wf)
     if needs.bias:
         found["bias"] = grad_bias(grad_y, call.bias)
     return found
@@ -233,14 +235,12 @@ def _backward_on_cuda(call: Any) -> tuple[Tensor, Tensor, Tensor]:
         if call.need_b:
             grad_b = (call.scaling * (grad_rows.t() @ call.h)).to(lora_b.dtype)
         if call.need_x:
-            nf4 = (call.weight, call.absmax, call.nested_absmax, call.nested_quant_map, call.offset, call.block_size)
-            base = native_ops.nf4_linear_backward(grad_y, *nf4, x.shape[-1])
+            base = native_ops.nf4_linear_backward(grad_y, call.w, call.wf)
             grad_x = (base.float() + (grad_h @ lora_a.float()).view(x.shape)).to(grad_y.dtype)
     return grad_x, grad_a, grad_b
 
 
-WEIGHT = ("weight", "absmax", "nested_absmax", "nested_quant_map", "offset")
-_saves = ("x", "h", *WEIGHT, "lora_a", "lora_b", "seed")
+_saves = ("x", "h", "w", "lora_a", "lora_b", "seed")
 Op(
     "lora_linear",
     _fake,

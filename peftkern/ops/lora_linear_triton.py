@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops._extended_triton import extended
+from peftkern.ops._linear import native_weight
 from peftkern.ops._low_rank_triton import down
 from peftkern.ops._reduce_triton import reduce
 from peftkern.ops._triton import mask_of, meta_nf4
@@ -19,13 +20,8 @@ from peftkern.ops._weight_triton import Base, rows_of
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -35,22 +31,18 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
-    base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    base = Base.of(w, wf)
     h = down(rows, lora_a.t(), mask=mask_of(dropout_p, seed)).small
-    y = base.extended(rows, out_features, h, lora_b.t(), scaling, bias)
-    return y.view(*x.shape[:-1], out_features), h
+    y = base.extended(rows, h, lora_b.t(), scaling, bias)
+    return y.view(*x.shape[:-1], base.out_features), h
 
 
 def lora_linear_backward(
     grad_y: Tensor,
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
+    w: list[Tensor],
+    wf: list[int],
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -70,8 +62,8 @@ def lora_linear_backward(
     if need_a:
         _, grad_a = reduce(rows, grad_h, mask=mask, dtype=lora_a.dtype, transposed=True)
     if need_x:
-        base = Base(weight, absmax, nested_absmax, nested_quant_map, offset, block_size)
-        dense = base.dense(grad_y.shape[-1], x.shape[-1], x.dtype)
+        base = Base.of(w, wf)
+        dense = base.dense(x.dtype)
         grad_x = extended(grad_rows, dense, grad_h, lora_a, mask=mask).view(x.shape)
     return grad_x, grad_a, grad_b
 
@@ -92,7 +84,7 @@ def configurations() -> None:
     ):
         x = torch.empty(rows, features, dtype=dtype, device="meta")
         lora_a, lora_b = torch.empty(rank, features, device="meta"), torch.empty(features, rank, device="meta")
-        forward: Any = (x, *weight, features, lora_a, lora_b, 2.0, x[0], *dropout)
+        forward: Any = (x, *weight, lora_a, lora_b, 2.0, x[0], *dropout)
         _, h = lora_linear(*forward)
         backward: Any = (x, x, h, *weight, lora_a, lora_b, 2.0, *dropout, True, True, True)
         lora_linear_backward(*backward)
@@ -101,9 +93,9 @@ def configurations() -> None:
     for features, rows, dtype in cases:
         x = torch.empty(rows, features, dtype=dtype, device="meta")
         lora_a, lora_b = torch.empty(16, features, device="meta"), torch.empty(features, 16, device="meta")
-        base: Any = meta_nf4((features, features)) if rows == 16 else (x.new_empty(features, features), *(None,) * 4, 0)
+        base: Any = meta_nf4((features, features)) if rows == 16 else native_weight(x.new_empty(features, features))
         for mask in ((0.0, None), (0.1, seed)) if dtype == torch.bfloat16 else ((0.0, None),):
-            arguments: Any = (x, *base, features, lora_a, lora_b, 2.0, x[0], *mask)
+            arguments: Any = (x, *base, lora_a, lora_b, 2.0, x[0], *mask)
             _, h = lora_linear(*arguments)
             arguments = (x, x, h, *base, lora_a, lora_b, 2.0, *mask, True, False, False)
             lora_linear_backward(*arguments)

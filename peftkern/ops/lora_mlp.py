@@ -15,7 +15,16 @@ from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.mlp import lora_mlp as composed_mlp
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like, number, oracle
+from peftkern.ops._linear import (
+    Weight,
+    accumulate_dtype,
+    autocast,
+    empty_like,
+    formats_of,
+    grad_weights,
+    number,
+    oracle,
+)
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
@@ -23,7 +32,6 @@ from peftkern.ops._projections import (
     composed_projections,
     draw_seeds,
     grad_biases,
-    grad_weights,
     native_projections,
     projection_reference,
     split_grad_a,
@@ -132,7 +140,8 @@ def _checked(x: Any, weights: tuple[Any, ...], adapters: Any, activation: Any, d
 
 
 def _fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gate, up, y = (call.x.new_empty((*call.x.shape[:-1], out)) for out in call.out_features)
+    outs = [weight.out_features for weight in formats_of(call.wf)]
+    gate, up, y = (call.x.new_empty((*call.x.shape[:-1], out)) for out in outs)
     return y, gate, up, stacked_products(call)
 
 
@@ -151,19 +160,19 @@ def _fake_backward(call: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Ten
 
 
 def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
-    need_a, need_b, need_inner = any(needs.lora_as), any(needs.lora_bs), any(needs.weights) or any(needs.biases)
+    need_a, need_b, need_inner = any(needs.lora_as), any(needs.lora_bs), any(needs.w) or any(needs.biases)
     grad_x, grad_a, grad_down_a, grad_bs, product, *grad_inner = run(
         grad_y=grad_y, need_x=needs.x, need_a=need_a, need_b=need_b, need_inner=need_inner
     )
     grad_ys = (*grad_inner, grad_y)
     return {
         "x": grad_x,
-        "weights": grad_weights(needs.weights, grad_ys, (call.x, call.x, product), call.weights),
+        "w": grad_weights(needs.w, grad_ys, (call.x, call.x, product), call.w, call.wf),
         "lora_as": [*split_grad_a(grad_a, call.lora_as[:2]), grad_down_a] if need_a else None,
         "lora_bs": grad_bs if need_b else None,
         "biases": grad_biases(needs.biases, grad_ys, call.biases),
     }
 
 
-_saves = ("x", "gate", "up", "h", "seeds", "weights", "lora_as", "lora_bs", "scales")
+_saves = ("x", "gate", "up", "h", "seeds", "w", "lora_as", "lora_bs")
 Op("lora_mlp", _fake, _backward, _saves, _fake_backward, triton="lora_mlp_triton")

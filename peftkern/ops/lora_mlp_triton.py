@@ -5,6 +5,8 @@ act(gate) * up. Backward, it adds down's low-rank part to its base product, whic
 gate and up and, where something needs it, the product again: into fresh memory, never over what was saved.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,6 @@ from peftkern.ops._activations_triton import activated, slope
 from peftkern.ops._low_rank_triton import low_rank_tile
 from peftkern.ops._projections_triton import (
     Adapters,
-    Weights,
     add_grad_x,
     given,
     grad_a_of,
@@ -23,7 +24,7 @@ from peftkern.ops._projections_triton import (
     sum_of_products,
 )
 from peftkern.ops._triton import PARTS, device_of, keep_mask, launch, meta_nf4, rounded
-from peftkern.ops._weight_triton import matmul, rows_of
+from peftkern.ops._weight_triton import Base, matmul, rows_of
 
 
 @triton.jit
@@ -224,11 +225,8 @@ def _adapters(
 
 def lora_mlp(
     x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    out_features: list[int],
+    w: list[Tensor],
+    wf: list[int],
     lora_as: list[Tensor],
     lora_bs: list[Tensor],
     scalings: list[float],
@@ -239,25 +237,25 @@ def lora_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
-    middle = out_features[0]
-    base = Weights(weights, scales, scale_counts, block_sizes).base
+    bases = Base.each(w, wf)
+    middle = bases[0].out_features
     inner, down = _adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
     h = products(rows, inner)
-    bases = [base(i).product(rows, middle) for i in range(2)]
-    gate, linear = (each if each.dtype == x.dtype else torch.empty_like(each, dtype=x.dtype) for each in bases)
+    inputs = [base.product(rows) for base in bases[:2]]
+    gate, linear = (each if each.dtype == x.dtype else torch.empty_like(each, dtype=x.dtype) for each in inputs)
     value = torch.empty_like(gate)
     tiles = _tiles(x)
     launch(
         _gated,
         (triton.cdiv(len(rows), tiles["ROWS"]), triton.cdiv(middle, tiles["COLUMNS"])),
-        *(value, gate, linear, *bases, *(inner.part(h, i) for i in range(2)), *lora_bs[:2], *map(given, biases[:2])),
+        *(value, gate, linear, *inputs, *(inner.part(h, i) for i in range(2)), *lora_bs[:2], *map(given, biases[:2])),
         *(len(rows), middle, *map(len, lora_as[:2]), h.stride(0), *lora_bs[0].stride(), *lora_bs[1].stride()),
         *(*(bias.stride(0) for bias in biases[:2]), *scalings[:2]),
         **tiles,
         ACTIVATION=activation,
     )
     down_h = products(value, down)
-    y = base(2).extended(value, out_features[2], down_h, lora_bs[2].t(), scalings[2], given(biases[2]))
+    y = bases[2].extended(value, down_h, lora_bs[2].t(), scalings[2], given(biases[2]))
     y, gate, linear = (t.view(*x.shape[:-1], t.shape[1]) for t in (y, gate, linear))
     return y, gate, linear, torch.cat([h, down_h], 1)
 
@@ -268,10 +266,8 @@ def lora_mlp_backward(
     gate: Tensor,
     up: Tensor,
     h: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
+    w: list[Tensor],
+    wf: list[int],
     lora_as: list[Tensor],
     lora_bs: list[Tensor],
     scalings: list[float],
@@ -286,12 +282,12 @@ def lora_mlp_backward(
     """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
     rows, grad_rows = rows_of(x), rows_of(grad_y)
     middle = gate.shape[-1]
-    base = Weights(weights, scales, scale_counts, block_sizes).base
+    bases = Base.each(w, wf)
     inner, down = _adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
     inner_rank, down_rank = h.shape[1] - len(lora_as[2]), len(lora_as[2])
     grad_down_h, grad_bs = small_gradients([grad_rows], h[:, inner_rank:], down, True, need_b)
 
-    product = matmul(grad_rows, base(2).dense(grad_y.shape[-1], middle, x.dtype))
+    product = matmul(grad_rows, bases[2].dense(x.dtype))
     grad_gate, grad_up = (torch.empty_like(saved, memory_format=torch.contiguous_format) for saved in (gate, up))
     needs_product = need_inner or (need_a and down_rank > 0)
     value = torch.empty_like(grad_gate) if needs_product else None
@@ -313,9 +309,7 @@ def lora_mlp_backward(
         product_rows = rows.new_empty((0, middle)) if value is None else value.view(-1, middle)
         grad_down_a = grad_a_of(product_rows, grad_down_h, down)
     if need_x:
-        product = sum_of_products(
-            (grad, base(i).dense(middle, x.shape[-1], x.dtype)) for i, grad in enumerate(grad_inner)
-        )
+        product = sum_of_products((grad, base.dense(x.dtype)) for base, grad in zip(bases, grad_inner))
         grad_x = add_grad_x(product, grad_h, inner, x.dtype).view(x.shape)
     product = x.new_empty(0) if value is None else value
     return grad_x, grad_a, grad_down_a, [*inner_grad_bs, *grad_bs], product, grad_gate, grad_up
@@ -328,8 +322,8 @@ def configurations() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    parts = [meta_nf4(shape) for shape in ((middle, features), (middle, features), (features, middle))]
-    weights, scales = [part[0] for part in parts], [scale for part in parts for scale in part[1:5]]
+    weights = [meta_nf4(shape) for shape in ((middle, features), (middle, features), (features, middle))]
+    lists = ([part for w, _ in weights for part in w], [each for _, wf in weights for each in wf])
     for rank, dtype, activation, dropout_p in (
         (16, torch.bfloat16, "silu", 0.0),
         (64, torch.bfloat16, "gelu", 0.1),
@@ -339,9 +333,10 @@ def configurations() -> None:
         x = empty(rows, features, dtype=dtype)
         lora_as = [empty(rank, columns) for columns in (features, features, middle)]
         lora_bs = [empty(out, rank) for out in (middle, middle, features)]
-        lists = (weights, scales, [4] * 3, [64] * 3)
         adapters = (lora_as, lora_bs, [2.0] * 3)
         biases = [empty(out, dtype=dtype) for out in (middle, middle, features)]
         rest = (activation, dropout_p, empty(3, dtype=torch.int64) if dropout_p else None)
-        y, gate, up, h = lora_mlp(x, *lists, [middle, middle, features], *adapters, biases, *rest)
-        lora_mlp_backward(y, x, gate, up, h, *lists, *adapters, *rest, True, True, True, True)
+        forward: Any = (x, *lists, *adapters, biases, *rest)
+        y, gate, up, h = lora_mlp(*forward)
+        backward: Any = (y, x, gate, up, h, *lists, *adapters, *rest, True, True, True, True)
+        lora_mlp_backward(*backward)

@@ -18,7 +18,16 @@ from torch import Tensor
 from peftkern import backends
 from peftkern.engines.torch.linear import linears
 from peftkern.nf4 import NF4Weight
-from peftkern.ops._linear import Weight, accumulate_dtype, autocast, empty_like, number, oracle
+from peftkern.ops._linear import (
+    Weight,
+    accumulate_dtype,
+    autocast,
+    empty_like,
+    formats_of,
+    grad_weights,
+    number,
+    oracle,
+)
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops._projections import (
     Projection,
@@ -26,7 +35,6 @@ from peftkern.ops._projections import (
     composed_projections,
     draw_seeds,
     grad_biases,
-    grad_weights,
     native_projections,
     projection_reference,
     split_grad_a,
@@ -109,7 +117,8 @@ def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Pr
 
 
 def _fake(call: Any) -> tuple[list[Tensor], Tensor]:
-    return [call.x.new_empty((*call.x.shape[:-1], out)) for out in call.out_features], stacked_products(call)
+    outs = [weight.out_features for weight in formats_of(call.wf)]
+    return [call.x.new_empty((*call.x.shape[:-1], out)) for out in outs], stacked_products(call)
 
 
 def _fake_backward(call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -126,10 +135,10 @@ def _backward(run: Any, call: Any, needs: Any, grad_ys: list[Tensor]) -> dict[st
         found["x"], grad_a, grad_bs = run(grad_ys=grad_ys, need_x=needs.x, need_a=need_a, need_b=need_b)
         found["lora_as"] = split_grad_a(grad_a, call.lora_as) if need_a else None
         found["lora_bs"] = grad_bs if need_b else None
-    found["weights"] = grad_weights(needs.weights, grad_ys, [call.x] * len(grad_ys), call.weights)
+    found["w"] = grad_weights(needs.w, grad_ys, [call.x] * len(grad_ys), call.w, call.wf)
     found["biases"] = grad_biases(needs.biases, grad_ys, call.biases)
     return found
 
 
-_saves = ("x", "h", "seeds", "weights", "lora_as", "lora_bs", "scales")
+_saves = ("x", "h", "seeds", "w", "lora_as", "lora_bs")
 Op("lora_qkv", _fake, _backward, _saves, _fake_backward, triton="lora_qkv_triton")

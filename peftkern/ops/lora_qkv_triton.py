@@ -4,12 +4,13 @@ pass over each y, each dy and dx.
 The base products are rounded to x's dtype before the low-rank parts are added in fp32, those of dx after each GEMM.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peftkern.ops._projections_triton import (
     Adapters,
-    Weights,
     add_grad_x,
     given,
     grad_a_of,
@@ -18,16 +19,13 @@ from peftkern.ops._projections_triton import (
     sum_of_products,
 )
 from peftkern.ops._triton import meta_nf4
-from peftkern.ops._weight_triton import rows_of
+from peftkern.ops._weight_triton import Base, rows_of
 
 
 def lora_qkv(
     x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
-    out_features: list[int],
+    w: list[Tensor],
+    wf: list[int],
     lora_as: list[Tensor],
     lora_bs: list[Tensor],
     scalings: list[float],
@@ -38,12 +36,12 @@ def lora_qkv(
     """The op of this name, see `csrc/ops.cpp`."""
     rows = rows_of(x)
     adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
-    base = Weights(weights, scales, scale_counts, block_sizes).base
+    bases = Base.each(w, wf)
     h = products(rows, adapters)
     ys = []
-    for i, (out, lora_b, scaling, bias) in enumerate(zip(out_features, lora_bs, scalings, biases)):
-        y = base(i).extended(rows, out, adapters.part(h, i), lora_b.t(), scaling, given(bias))
-        ys.append(y.view(*x.shape[:-1], out))
+    for i, (base, lora_b, scaling, bias) in enumerate(zip(bases, lora_bs, scalings, biases)):
+        y = base.extended(rows, adapters.part(h, i), lora_b.t(), scaling, given(bias))
+        ys.append(y.view(*x.shape[:-1], base.out_features))
     return ys, h
 
 
@@ -51,10 +49,8 @@ def lora_qkv_backward(
     grad_ys: list[Tensor],
     x: Tensor,
     h: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    scale_counts: list[int],
-    block_sizes: list[int],
+    w: list[Tensor],
+    wf: list[int],
     lora_as: list[Tensor],
     lora_bs: list[Tensor],
     scalings: list[float],
@@ -67,14 +63,12 @@ def lora_qkv_backward(
     """The op of this name, see `csrc/ops.cpp`. Gradients that are not needed are empty."""
     rows, grads = rows_of(x), [rows_of(grad_y) for grad_y in grad_ys]
     adapters = Adapters(lora_as, lora_bs, scalings, dropout_p, seeds)
-    base = Weights(weights, scales, scale_counts, block_sizes).base
+    bases = Base.each(w, wf)
     grad_h, grad_bs = small_gradients(grads, h, adapters, need_x or need_a, need_b)
     grad_a = grad_a_of(rows, grad_h, adapters) if need_a else x.new_empty(0)
     grad_x = x.new_empty(0)
     if need_x:
-        product = sum_of_products(
-            (grad, base(i).dense(grad.shape[1], x.shape[-1], x.dtype)) for i, grad in enumerate(grads)
-        )
+        product = sum_of_products((grad, base.dense(x.dtype)) for base, grad in zip(bases, grads))
         grad_x = add_grad_x(product, grad_h, adapters, x.dtype).view(x.shape)
     return grad_x, grad_a, grad_bs
 
@@ -86,9 +80,8 @@ def configurations() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    parts = [meta_nf4((out, features)) for out in outs]
-    weights, scales = [part[0] for part in parts], [scale for part in parts for scale in part[1:5]]
-    lists = (weights, scales, [4] * 3, [64] * 3)
+    weights = [meta_nf4((out, features)) for out in outs]
+    lists = ([part for w, _ in weights for part in w], [each for _, wf in weights for each in wf])
     for rank, dtype, dropout_p in (
         (16, torch.bfloat16, 0.0),
         (64, torch.bfloat16, 0.1),
@@ -98,5 +91,7 @@ def configurations() -> None:
         lora_as, lora_bs = [empty(rank, features)] * 3, [empty(out, rank) for out in outs]
         adapters = (lora_as, lora_bs, [2.0] * 3)
         dropout = (dropout_p, empty(3, dtype=torch.int64) if dropout_p else None)
-        ys, h = lora_qkv(x, *lists, outs, *adapters, [empty(out, dtype=dtype) for out in outs], *dropout)
-        lora_qkv_backward(ys, x, h, *lists, *adapters, *dropout, True, True, True)
+        forward: Any = (x, *lists, *adapters, [empty(out, dtype=dtype) for out in outs], *dropout)
+        ys, h = lora_qkv(*forward)
+        backward: Any = (ys, x, h, *lists, *adapters, *dropout, True, True, True)
+        lora_qkv_backward(*backward)

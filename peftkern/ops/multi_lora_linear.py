@@ -32,13 +32,14 @@ from peftkern.ops._linear import (
     dense_weight,
     empty_like,
     grad_bias,
-    grad_weight,
+    grad_weights,
     native_weight,
     number,
     oracle,
+    out_features_of,
 )
 from peftkern.ops._op import NATIVE, Op
-from peftkern.ops.lora_linear import WEIGHT, check_dropout, check_lora
+from peftkern.ops.lora_linear import check_dropout, check_lora
 
 OP = "multi_lora_linear"
 
@@ -125,7 +126,7 @@ def multi_lora_linear(
     if implementation == "reference":
         return multi_lora_linear_reference(x, weight, lora_as, lora_bs, scalings, indices, bias, dropout_p, seed)
     adapters = _native_adapters(x, out_features, lora_as, lora_bs, scalings)
-    y, _ = NATIVE.multi_lora_linear(x, *native_weight(weight), out_features, *adapters, indices, bias, dropout_p, seed)
+    y, _ = NATIVE.multi_lora_linear(x, *native_weight(weight), *adapters, indices, bias, dropout_p, seed)
     return y
 
 
@@ -170,7 +171,7 @@ def _check(
 def _fake(call: Any) -> tuple[Tensor, Tensor]:
     width = max((lora_a.shape[0] for lora_a in call.lora_as), default=0)
     h = call.x.new_empty((math.prod(call.x.shape[:-1]), width), dtype=torch.float32)
-    return call.x.new_empty((*call.x.shape[:-1], call.out_features)), h
+    return call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf))), h
 
 
 def _fake_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -188,11 +189,11 @@ def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]
         found["x"], found["lora_as"], found["lora_bs"] = run(
             grad_y=grad_y, need_x=needs.x, need_as=need_as, need_bs=need_bs
         )
-    if needs.weight:
-        found["weight"] = grad_weight(grad_y, call.x, call.weight)
+    if any(needs.w):
+        found["w"] = grad_weights(needs.w, [grad_y], [call.x], call.w, call.wf)
     if needs.bias:
         found["bias"] = grad_bias(grad_y, call.bias)
     return found
 
 
-Op(OP, _fake, _backward, ("x", "h", *WEIGHT, "indices", "seed", "lora_as", "lora_bs"), _fake_backward)
+Op(OP, _fake, _backward, ("x", "h", "w", "indices", "seed", "lora_as", "lora_bs"), _fake_backward)

@@ -4,13 +4,15 @@ Formula: w[e] = table[code[e]] * absmax[e // block_size], in fp32, rounded once 
     absmax[b] = nested_quant_map[byte[b]] * nested_absmax[b // 256] + offset     (product and sum rounded one by one)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peftkern import backends
 from peftkern.engines.torch.decode import Weight as FrozenWeight
 from peftkern.nf4 import NF4Weight
-from peftkern.ops._linear import FLOATING
+from peftkern.ops._linear import FLOATING, WeightFormat, native_weight
 from peftkern.ops._nf4 import check_nf4_weight
 from peftkern.ops._op import NAMESPACES, Op
 from peftkern.ops.nf4_quantize import NESTED_BLOCK_SIZE, codebook
@@ -57,11 +59,16 @@ def nf4_dequantize(q: NF4Weight, dtype: torch.dtype | None = None, *, backend: s
         return nf4_dequantize_reference(q, dtype)
     if implementation == "torch":
         return FrozenWeight.of(q).dense(dtype)
-    return NAMESPACES[implementation].nf4_dequantize(*q.tensors, q.block_size, q.shape, dtype)
+    return NAMESPACES[implementation].nf4_dequantize(*native_weight(q), dtype)
+
+
+def _fake(call: Any) -> Tensor:
+    weight = WeightFormat(*call.wf)
+    return call.w[0].new_empty((weight.out_features, weight.in_features), dtype=call.dtype)
 
 
 Op(
     "nf4_dequantize",
-    lambda call: call.codes.new_empty(call.shape, dtype=call.dtype),
+    _fake,
     triton="nf4_dequantize_triton",
 )

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.nf4 import NF4Weight
+from peftkern.ops._linear import WeightFormat
 from peftkern.ops._triton import block_scale, codebook, decoded, launch, meta_nf4, product, rounded
 
 GRANULES = 64
@@ -91,25 +92,15 @@ def _merge(
     tl.store(out + element, rounded(weight + total * scaling, out), mask=in_out)
 
 
-def dequantize_into(
-    out: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-) -> Tensor:
-    """Writes the dense weight into `out` [out, in], contiguous, fp32, bf16 or fp16."""
-    parts = [None if part is None else part.contiguous() for part in (nested_absmax, nested_quant_map, offset)]
+def dequantize_into(out: Tensor, parts: Sequence[Tensor | None], block_size: int) -> Tensor:
+    """Writes the dense weight into `out` [out, in], contiguous, fp32, bf16 or fp16; parts as NF4Weight.tensors."""
+    parts = [None if part is None else part.contiguous() for part in parts]
     granule_bytes = min(MOST_GRANULE_BYTES, block_size // 2)
     granules_per_block = block_size // (2 * granule_bytes)
     launch(
         _dequantize,
         (triton.cdiv(out.numel(), GRANULES * 2 * granule_bytes),),
         out,
-        codes.contiguous(),
-        absmax.contiguous(),
         *parts,
         out.numel(),
         granules_per_block.bit_length() - 1,
@@ -136,30 +127,22 @@ def merge_into(out: Tensor, weight: NF4Weight, lora_a: Tensor, lora_b: Tensor, s
     return out
 
 
-def nf4_dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def nf4_dequantize(w: list[Tensor], wf: list[int], dtype: torch.dtype) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    out = codes.new_empty(shape, dtype=dtype)
-    return dequantize_into(out, codes, absmax, nested_absmax, nested_quant_map, offset, block_size)
+    weight = WeightFormat(*wf)
+    out = w[0].new_empty((weight.out_features, weight.in_features), dtype=dtype)
+    return dequantize_into(out, [*w, *[None] * (5 - len(w))], weight.block_size)
 
 
 def configurations() -> None:
     """Every kernel at the tiles and types it ships with; see `recording`."""
     shape, odd = (4096, 4096), (4095, 4095)
-    calls: list[Any] = [(*meta_nf4(shape), shape, dtype) for dtype in (torch.bfloat16, torch.float32)]
-    calls += [(*meta_nf4(shape, nested=False), shape, torch.bfloat16), (*meta_nf4(odd, 32), odd, torch.bfloat16)]
-    for arguments in calls:
-        nf4_dequantize(*arguments)
     for dtype in (torch.bfloat16, torch.float32):
-        parts: Any = (*meta_nf4(shape)[:-1], torch.Size(shape), dtype, 64)
+        nf4_dequantize(*meta_nf4(shape), dtype)
+    nf4_dequantize(*meta_nf4(shape, nested=False), torch.bfloat16)
+    nf4_dequantize(*meta_nf4(odd, 32), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        parts: Any = (*meta_nf4(shape)[0], torch.Size(shape), dtype, 64)
         weight = NF4Weight(*parts)
         out, lora_a = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, (16, shape[1])))
         merge_into(out, weight, lora_a.float(), lora_a.float().t().contiguous(), 2.0)

@@ -19,8 +19,10 @@ from peftkern.ops._linear import (
     check_linear,
     dense_weight,
     grad_bias,
+    in_features_of,
     native_weight,
     oracle,
+    out_features_of,
 )
 from peftkern.ops._op import NAMESPACES, Op
 
@@ -50,32 +52,31 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, back
     """
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"nf4_linear: weight must be an NF4Weight, got {type(weight).__name__}; see nf4_quantize")
-    out_features, _ = check_linear("nf4_linear", x, weight, bias)
+    check_linear("nf4_linear", x, weight, bias)
     x, bias = autocast(x, bias)
     implementation = backends.choose("nf4_linear", x, backend).implementation
     if implementation == "reference":
         return nf4_linear_reference(x, weight, bias)
     if implementation == "torch":
         return linears(x, [Projection(FrozenWeight.of(weight), None, None, 0.0, bias)], 0.0)[0]
-    return NAMESPACES[implementation].nf4_linear(x, *native_weight(weight), out_features, bias)
+    return NAMESPACES[implementation].nf4_linear(x, *native_weight(weight), bias)
 
 
 def _fake(call: Any) -> Tensor:
-    return call.x.new_empty((*call.x.shape[:-1], call.out_features))
+    return call.x.new_empty((*call.x.shape[:-1], out_features_of(call.wf)))
 
 
 def _fake_backward(call: Any) -> Tensor:
-    return call.grad_y.new_empty((*call.grad_y.shape[:-1], call.in_features))
+    return call.grad_y.new_empty((*call.grad_y.shape[:-1], in_features_of(call.wf)))
 
 
 def _backward(run: Any, call: Any, needs: Any, grad_y: Tensor) -> dict[str, Any]:
     found = {}
     if needs.x:
-        found["x"] = run(grad_y=grad_y, in_features=call.x.shape[-1])
+        found["x"] = run(grad_y=grad_y)
     if needs.bias:
         found["bias"] = grad_bias(grad_y, call.bias)
     return found
 
 
-WEIGHT = ("codes", "absmax", "nested_absmax", "nested_quant_map", "offset")
-Op("nf4_linear", _fake, _backward, WEIGHT, _fake_backward, triton="nf4_linear_triton")
+Op("nf4_linear", _fake, _backward, ("w",), _fake_backward, triton="nf4_linear_triton")

@@ -15,34 +15,24 @@ from peftkern.ops._weight_triton import Base, matmul, rows_of
 
 def nf4_linear(
     x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    out_features: int,
+    w: list[Tensor],
+    wf: list[int],
     bias: Tensor | None,
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    base = Base(codes, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    return base.linear(rows_of(x), out_features, bias).view(*x.shape[:-1], out_features)
+    base = Base.of(w, wf)
+    return base.linear(rows_of(x), bias).view(*x.shape[:-1], base.out_features)
 
 
 def nf4_linear_backward(
     grad_y: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-    in_features: int,
+    w: list[Tensor],
+    wf: list[int],
 ) -> Tensor:
     """The op of this name, see `csrc/ops.cpp`."""
-    base = Base(codes, absmax, nested_absmax, nested_quant_map, offset, block_size)
-    weight = base.dense(grad_y.shape[-1], in_features, grad_y.dtype)
-    return matmul(rows_of(grad_y), weight).view(*grad_y.shape[:-1], in_features)
+    base = Base.of(w, wf)
+    weight = base.dense(grad_y.dtype)
+    return matmul(rows_of(grad_y), weight).view(*grad_y.shape[:-1], base.in_features)
 
 
 def configurations() -> None:
@@ -56,7 +46,7 @@ def configurations() -> None:
     ):
         x = torch.empty(rows, features, dtype=dtype, device="meta")
         weight = meta_nf4((features, features), 64, nested)
-        forward: Any = (x, *weight, features, x[0])
-        backward: Any = (x, *weight, features)
+        forward: Any = (x, *weight, x[0])
+        backward: Any = (x, *weight)
         nf4_linear(*forward)
         nf4_linear_backward(*backward)

@@ -180,5 +180,5 @@ def test_opcheck(device: str, seed: int) -> None:
     x, a, b, scale, bias = (inputs[name].detach().to(device).requires_grad_() for name in names)
     ops = NAMESPACES["triton"].library
     for dropout in ((0.0, None, True, True), (0.5, draw_seed(), True, True)):
-        torch.library.opcheck(ops.dora_linear, (x, *weight, 7, a, b, scale, 0.5, bias, *dropout))
+        torch.library.opcheck(ops.dora_linear, (x, *weight, a, b, scale, 0.5, bias, *dropout))
     torch.library.opcheck(ops.dora_linear_norm, (*weight, a, b, 0.5, torch.ones(7, device=device), False))

@@ -129,7 +129,7 @@ def test_opcheck(device: str, scale_input: bool, seed: int) -> None:
     inputs = small(scale_input)
     weight = native_weight(inputs["weight"].to(device))
     x, scale, bias = (inputs[name].detach().to(device).requires_grad_() for name in ("x", "scale", "bias"))
-    torch.library.opcheck(NAMESPACES["triton"].library.ia3_linear, (x, *weight, 7, scale, bias, scale_input))
+    torch.library.opcheck(NAMESPACES["triton"].library.ia3_linear, (x, *weight, scale, bias, scale_input))
 
 
 def test_double_backward(device: str, seed: int) -> None:

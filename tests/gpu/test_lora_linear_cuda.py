@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, lora_linear
 from peftkern._native import caps
+from peftkern.ops._linear import native_weight
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops.lora_linear import lora_linear_reference
 
@@ -121,9 +122,9 @@ def test_opcheck(seed: int) -> None:
         torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
         for shape, dtype in (((2, 64), torch.bfloat16), ((3, 64), torch.float32), ((7, 3), torch.float32))
     )
-    torch.library.opcheck(ops.lora_linear, (x, *q.tensors, 64, 7, lora_a, lora_b, 0.7, None, 0.0, None))
+    torch.library.opcheck(ops.lora_linear, (x, *native_weight(q), lora_a, lora_b, 0.7, None, 0.0, None))
     grad_y, h = torch.randn(2, 7, device="cuda").bfloat16(), torch.randn(2, 3, device="cuda")
-    leaves = (x.detach(), h, *q.tensors, 64, lora_a.detach(), lora_b.detach())
+    leaves = (x.detach(), h, *native_weight(q), lora_a.detach(), lora_b.detach())
     torch.library.opcheck(ops.lora_linear_backward, (grad_y, *leaves, 0.7, 0.0, None, True, True, True))
 
 
@@ -149,10 +150,10 @@ def test_the_op_refuses_what_it_does_not_take(seed: int) -> None:
     x, lora_a, lora_b = (torch.randn(*shape, device="cuda") for shape in ((9, 64), (3, 64), (7, 3)))
     rest = (lora_a, lora_b, 1.0, None)
     with pytest.raises(RuntimeError, match="lora_linear: x must have at most 8 rows"):
-        ops.lora_linear(x.bfloat16(), *q.tensors, 64, 7, *rest, 0.0, None)
+        ops.lora_linear(x.bfloat16(), *native_weight(q), *rest, 0.0, None)
     with pytest.raises(RuntimeError, match="lora_linear: x must have at most 8 rows, in bfloat16 or float16"):
-        ops.lora_linear(x[:1], *q.tensors, 64, 7, *rest, 0.0, None)
+        ops.lora_linear(x[:1], *native_weight(q), *rest, 0.0, None)
     with pytest.raises(RuntimeError, match="lora_linear: dropout_p must be 0"):
-        ops.lora_linear(x[:1].bfloat16(), *q.tensors, 64, 7, *rest, 0.1, None)
+        ops.lora_linear(x[:1].bfloat16(), *native_weight(q), *rest, 0.1, None)
     with pytest.raises(RuntimeError, match="lora_linear: weight must be NF4"):
-        ops.lora_linear(x[:1], torch.randn(7, 64, device="cuda"), None, None, None, None, 0, 7, *rest, 0.0, None)
+        ops.lora_linear(x[:1], *native_weight(torch.randn(7, 64, device="cuda")), *rest, 0.0, None)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, lora_linear
 from peftkern.ops._dropout import draw_seed, keep_mask, keep_scale
+from peftkern.ops._linear import native_weight
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops.lora_linear import lora_linear_reference
 
@@ -125,8 +126,8 @@ def test_the_mask_of_the_cpu(device: str, p: float, value: int) -> None:
     """In each of its three places, alone: x, A and B of ones and zeros."""
     rows, columns, mask_seed, eye = 70, 65, torch.tensor(value, device=device), torch.eye(65, device=device)
     expected = keep_mask(mask_seed, rows, columns, p).float() * torch.tensor(keep_scale(p), device=device)
-    x, weight = torch.ones(rows, columns, device=device), (torch.zeros_like(eye), None, None, None, None, 0)
-    _, h = ops.lora_linear(x, *weight, columns, eye, eye, 1.0, None, p, mask_seed)
+    x, weight = torch.ones(rows, columns, device=device), native_weight(torch.zeros_like(eye))
+    _, h = ops.lora_linear(x, *weight, eye, eye, 1.0, None, p, mask_seed)
     grad_x, _, _ = ops.lora_linear_backward(x, x, h, *weight, eye, eye, 1.0, p, mask_seed, True, True, False)
     one_per_row = torch.eye(rows, columns, device=device)
     _, grad_a, _ = ops.lora_linear_backward(one_per_row, x, h, *weight, eye, eye, 1.0, p, mask_seed, True, True, False)
@@ -160,18 +161,15 @@ def test_only_what_is_asked_for_gets_a_gradient(device: str, needs: tuple[str, .
 @pytest.mark.parametrize("kind", ["nf4", "float32"])
 def test_opcheck(device: str, kind: str, seed: int) -> None:
     """With and without nested scales, bias and seed."""
-    weight: tuple[Any, ...] = (torch.randn(OUT, IN, requires_grad=True), None, None, None, None, 0)
-    if kind == "nf4":
-        q = random_nf4((OUT, IN), 32).to(device)
-        weight = (*q.tensors, q.block_size)
+    dense = torch.randn(OUT, IN, device=device, requires_grad=True)
+    w, wf = native_weight(random_nf4((OUT, IN), 32).to(device) if kind == "nf4" else dense)
     shapes = ((2, 3, IN), (4, IN), (OUT, 4), (OUT,))
     x, lora_a, lora_b, bias = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
     dropout = (0.5, draw_seed(device)) if kind == "nf4" else (0.0, None)
-    weight = tuple(part.to(device) if isinstance(part, Tensor) else part for part in weight)
-    arguments = (x, *weight, OUT, lora_a, lora_b, 0.5, bias if kind == "nf4" else None, *dropout)
+    arguments = (x, w, wf, lora_a, lora_b, 0.5, bias if kind == "nf4" else None, *dropout)
     torch.library.opcheck(ops.lora_linear, arguments)
     h, grad_y = torch.randn(6, 4, device=device), torch.randn(2, 3, OUT, device=device)
-    backward = (grad_y, x, h, *weight, lora_a, lora_b, 0.5, *dropout, True, False, True)
+    backward = (grad_y, x, h, [part.detach() for part in w], wf, lora_a, lora_b, 0.5, *dropout, True, False, True)
     detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in backward)
     torch.library.opcheck(ops.lora_linear_backward, detached)
 

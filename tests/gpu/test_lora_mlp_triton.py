@@ -147,10 +147,10 @@ def test_opcheck(device: str, ranks: tuple[int | None, ...], dropout_p: float, s
     x = torch.randn(2, 3, IN, device=device, requires_grad=True)
     torch.library.opcheck(ops.lora_mlp, (x, *lists, "silu", dropout_p, seeds))
     flat = [[v.detach() if isinstance(v, Tensor) else v for v in values] for values in lists]
-    weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, _ = flat
+    w, wf, lora_as, lora_bs, scalings, _ = flat
     shapes = (2, 3, OUT), (2, 3, IN), (2, 3, MIDDLE), (2, 3, MIDDLE), (6, 5)
     tensors = [torch.randn(shape, device=device) for shape in shapes]
-    packed = (weights, scales, counts, block_sizes, lora_as, lora_bs, scalings, "silu", dropout_p, seeds)
+    packed = (w, wf, lora_as, lora_bs, scalings, "silu", dropout_p, seeds)
     for needs in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
         torch.library.opcheck(ops.lora_mlp_backward, (*tensors, *packed, *needs))
 

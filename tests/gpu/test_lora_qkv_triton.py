@@ -20,6 +20,7 @@ from test_lora_qkv import IN, WEIGHTS, call, qkv, reference
 from torch import Tensor
 from triton_cases import on
 
+from peftkern.ops._linear import formats_of
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops._projections import draw_seeds, native_projections
 
@@ -123,10 +124,10 @@ def test_opcheck(device: str, dropout_p: float, seed: int) -> None:
     x = torch.randn(2, 3, IN, device=device, requires_grad=True)
     torch.library.opcheck(ops.lora_qkv, (x, *lists, dropout_p, seeds))
     flat = [[v.detach() if isinstance(v, Tensor) else v for v in values] for values in lists]
-    weights, scales, counts, block_sizes, _, lora_as, lora_bs, scalings, _ = flat
-    grad_ys = [torch.randn(2, 3, out, device=device) for out in lists.out_features]
+    w, wf, lora_as, lora_bs, scalings, _ = flat
+    grad_ys = [torch.randn(2, 3, out, device=device) for out in (weight.out_features for weight in formats_of(wf))]
     h = torch.randn(6, 5, device=device)
-    packed = (weights, scales, counts, block_sizes, lora_as, lora_bs, scalings)
+    packed = (w, wf, lora_as, lora_bs, scalings)
     for needs in ((True, True, True), (False, True, False), (False, False, True)):
         torch.library.opcheck(ops.lora_qkv_backward, (grad_ys, x.detach(), h, *packed, dropout_p, seeds, *needs))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from peftkern._native import caps
+from peftkern.ops._linear import native_weight
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_linear import nf4_linear_reference
@@ -124,10 +125,10 @@ def test_a_row_of_an_odd_matrix(seed: int) -> None:
     q = random_nf4((72, 64)).to(DEVICE)
     grad_y = torch.randn(4, 75, device=DEVICE).bfloat16()[2:3, :72]
     x = torch.randn(4, 67, device=DEVICE).bfloat16()[2:3, :64]
-    for function, value, size in ((ops.nf4_linear, x, 72), (ops.nf4_linear_backward, grad_y, 64)):
-        last = (size, None) if function is ops.nf4_linear else (size,)
-        found = function(value, *q.tensors, 64, *last)
-        torch.testing.assert_close(found, function(value.clone(), *q.tensors, 64, *last), rtol=0, atol=0)
+    for function, value in ((ops.nf4_linear, x), (ops.nf4_linear_backward, grad_y)):
+        last = (None,) if function is ops.nf4_linear else ()
+        found = function(value, *native_weight(q), *last)
+        torch.testing.assert_close(found, function(value.clone(), *native_weight(q), *last), rtol=0, atol=0)
 
 
 def test_codes_on_no_boundary(seed: int) -> None:
@@ -154,8 +155,8 @@ def test_in_a_graph(rows: int, seed: int) -> None:
     grad_y = torch.randn(rows, 256, device=DEVICE).bfloat16()
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = ops.nf4_linear(x, *q.tensors, 64, 256, None)
-        return y, ops.nf4_linear_backward(grad_y * x[:1, :1], *q.tensors, 64, 4096)
+        y = ops.nf4_linear(x, *native_weight(q), None)
+        return y, ops.nf4_linear_backward(grad_y * x[:1, :1], *native_weight(q))
 
     wanted = both(other)
     both(x)  # opts in to shared memory
@@ -191,9 +192,9 @@ def test_opcheck(seed: int) -> None:
     q = random_nf4((72, 64)).to(DEVICE)
     for rows in (2, 40):
         x = torch.randn(rows, 64, device=DEVICE).bfloat16().requires_grad_()
-        torch.library.opcheck(ops.nf4_linear, (x, *q.tensors, 64, 72, None))
+        torch.library.opcheck(ops.nf4_linear, (x, *native_weight(q), None))
         grad_y = torch.randn(rows, 72, device=DEVICE).bfloat16()
-        torch.library.opcheck(ops.nf4_linear_backward, (grad_y, *q.tensors, 64, 64))
+        torch.library.opcheck(ops.nf4_linear_backward, (grad_y, *native_weight(q)))
 
 
 def test_compile_without_graph_breaks(seed: int) -> None:
@@ -207,6 +208,6 @@ def test_compile_without_graph_breaks(seed: int) -> None:
 def test_a_part_elsewhere_is_refused(seed: int) -> None:
     q, x = random_nf4((72, 64)).to(DEVICE), torch.randn(2, 64, device=DEVICE).bfloat16()
     with pytest.raises(RuntimeError, match="nf4_linear: bias must be on CUDA device 0"):
-        ops.nf4_linear(x, *q.tensors, 64, 72, torch.randn(72))
+        ops.nf4_linear(x, *native_weight(q), torch.randn(72))
     with pytest.raises(RuntimeError, match=r"nf4_linear: absmax must be .* with 72 elements"):
-        ops.nf4_linear(x, q.codes, q.absmax[1:], *q.tensors[2:], 64, 72, None)
+        ops.nf4_linear(x, *native_weight(replace(q, absmax=q.absmax[1:])), None)

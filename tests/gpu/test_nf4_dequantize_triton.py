@@ -10,6 +10,7 @@ from test_nf4_dequantize import DTYPES, assert_equal, random_weight
 from torch import Tensor
 
 from peftkern import NF4Weight, nf4_dequantize
+from peftkern.ops._linear import native_weight
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops.nf4_dequantize import nf4_dequantize_reference
 from peftkern.ops.nf4_dequantize_triton import dequantize_into, merge_into
@@ -60,7 +61,7 @@ def test_writes_a_workspace_and_nothing_beside_it(device: str, seed: int) -> Non
     q = random_weight((7, 33), 64, nested=True)
     memory = torch.full((300,), 7.0, device=device)
     out = memory[16 : 16 + 231].view(7, 33)
-    assert dequantize_into(out, *q.to(device).tensors, q.block_size) is out
+    assert dequantize_into(out, q.to(device).tensors, q.block_size) is out
     assert_equal(out.cpu(), nf4_dequantize_reference(q, torch.float32))
     assert (memory[:16] == 7).all() and (memory[16 + 231 :] == 7).all()
 
@@ -90,9 +91,7 @@ def test_compile_without_graph_breaks(device: str, seed: int) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_opcheck(device: str, nested: bool, seed: int) -> None:
     q = random_weight((7, 33), 32, nested).to(device)
-    torch.library.opcheck(
-        NAMESPACES["triton"].library.nf4_dequantize, (*q.tensors, q.block_size, q.shape, torch.bfloat16)
-    )
+    torch.library.opcheck(NAMESPACES["triton"].library.nf4_dequantize, (*native_weight(q), torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["absmax", "nested_absmax", "nested_quant_map", "offset"])

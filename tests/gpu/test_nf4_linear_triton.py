@@ -20,6 +20,7 @@ from linear_cases import (
 from torch import Tensor
 
 from peftkern import NF4Weight, nf4_linear
+from peftkern.ops._linear import native_weight
 from peftkern.ops._op import NAMESPACES
 from peftkern.ops._weight_triton import FEW_ROWS, runs_fused
 from peftkern.ops.nf4_linear import nf4_linear_reference
@@ -105,8 +106,8 @@ def test_opcheck(device: str, rows: int, seed: int) -> None:
         torch.randn(rows, 64, device=device, requires_grad=True),
         torch.randn(7, device=device, requires_grad=True),
     )
-    torch.library.opcheck(ops.nf4_linear, (x, *q.tensors, q.block_size, 7, bias))
-    torch.library.opcheck(ops.nf4_linear_backward, (torch.randn(rows, 7, device=device), *q.tensors, q.block_size, 64))
+    torch.library.opcheck(ops.nf4_linear, (x, *native_weight(q), bias))
+    torch.library.opcheck(ops.nf4_linear_backward, (torch.randn(rows, 7, device=device), *native_weight(q)))
 
 
 def test_compile_without_graph_breaks(device: str, seed: int) -> None:

@@ -100,8 +100,8 @@ def decode(parts: Sequence[Tensor], block_size: int, shape: tuple[int, int], dty
         return codes.new_empty(shape, dtype=dtype)
     route = route_of(codes.device)
     if route == "cpu" and dtype != torch.float64:
-        given = (absmax, *nested) if nested else (absmax, None, None, None)
-        return native_ops.nf4_dequantize(codes, *given, block_size, shape, dtype)  # type: ignore[no-any-return]
+        format = [NF4, block_size, *shape, len(parts)]
+        return native_ops.nf4_dequantize(list(parts), format, dtype)  # type: ignore[no-any-return]
     if route == "bitsandbytes" and dtype != torch.float64:
         return _by_bitsandbytes(codes, absmax, nested, block_size, shape, dtype)
     scale = _scales(absmax, nested, blocks)
