@@ -11,8 +11,8 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 # The demo needs no other levels than this machine's; after `make test` they are there anyway.
 demo: $(VENV)/built$(if $(wildcard $(VENV)/built),,-native)
-	@echo "peftkern: 50 steps of QLoRA, then the same by HF PEFT + bitsandbytes, less than a minute each"
-	$(BIN)/peftkern finetune --compare --steps 50 --output runs/demo
+	@echo "peftkern: 40 steps of QLoRA, then the same by HF PEFT + bitsandbytes, less than a minute each"
+	$(BIN)/peftkern finetune --compare --steps 40 --output runs/demo
 
 # A worker has one thread of torch's: two of each would wait for one another on two cores.
 JOBS ?= 2

@@ -34,8 +34,11 @@ TESTS = {
     ),
     "test_docs.py": ("test_python_runs",),
     "test_isa.py": ("test_symbols",),
+    "test_lora_qkv.py": ("test_reference_gradients",),
     "test_methods.py": ("test_compiles_without_graph_breaks",),
     "test_nf4_gemm_host.py": ("test_cmake_tells_the_kernels_what_is_compiled", "test_kernels", "test_lanes"),
+    "test_nf4_linear.py": ("test_accuracy_of_inputs_with_a_mean",),
+    "test_peft_accelerate.py": ("test_compiles_without_a_graph_break",),
     "test_peft_layers.py": ("test_the_plugin_counts",),
     "test_peft_wider.py": (
         "test_each_of_several_adapters_has_a_mask_of_its_own",

@@ -180,9 +180,11 @@ struct Fp32Dot {
     // words[j] lane i = element depth_begin + j of row `begin` + i.
     PEFTKERN_APART static void load_columns(const Matrix& matrix, int64_t begin, int64_t count, int64_t depth_begin,
                                             int64_t depth, Simd::I (&words)[L]) {
-        alignas(64) float block[L][L] = {};
-        for (int64_t i = 0; i < count; ++i)
-            Simd::store(block[i], load_elements(element_at(matrix, begin + i, depth_begin), matrix.dtype, depth));
+        alignas(64) float block[L][L];
+        for (int64_t i = 0; i < L; ++i)
+            Simd::store(block[i], i < count
+                                      ? load_elements(element_at(matrix, begin + i, depth_begin), matrix.dtype, depth)
+                                      : Simd::zero());
         Simd::transpose_words(reinterpret_cast<const uint8_t*>(block), sizeof block[0], words);
     }
 

@@ -64,7 +64,10 @@ struct Simd {
     // out[j] lane c = word j of row c, rows being `stride` bytes apart
     __attribute__((always_inline)) static void transpose_words(const uint8_t* rows, int64_t stride, I* out) {
         __m256 r[8], t[8];
-        for (int i = 0; i < 8; ++i, rows += stride) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows));
+        for (int i = 0; i < 8; ++i, rows += stride) {
+            __asm__("" : "+r"(rows));  // else GCC copies local rows by halves, which stall the loads of the whole
+            r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows));
+        }
         for (int i = 0; i < 4; ++i) {
             t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
             t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
