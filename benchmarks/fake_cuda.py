@@ -68,7 +68,10 @@ FREE = {
 
 
 class Row(NamedTuple):
-    """An op as it ran: its name, the shapes and dtypes of its tensors, bytes and operations."""
+    """An op as it ran: its name, the shapes and dtypes of its tensors, bytes and operations.
+
+    `wide` is the number of elements of its largest result in fp32 or in a wider type.
+    """
 
     phase: str
     name: str
@@ -77,6 +80,7 @@ class Row(NamedTuple):
     nbytes: int
     flops: int
     is_half: bool
+    wide: int
 
 
 @dataclass
@@ -96,6 +100,11 @@ class Counts:
     @property
     def launches(self) -> int:
         return len(self.rows)
+
+    @property
+    def largest_wide(self) -> int:
+        """Elements of the largest result in fp32 or in a wider type."""
+        return max((row.wide for row in self.rows), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -259,6 +268,7 @@ def _counter(expand: dict[Any, Callable[..., Any]]) -> Any:
                     nbytes,
                     flops,
                     bool(operands) and operands[0].dtype in (torch.bfloat16, torch.float16),
+                    max((t.numel() for t in outputs if t.element_size() >= 4), default=0),
                 )
             )
             return out

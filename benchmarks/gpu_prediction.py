@@ -3,7 +3,7 @@
 Counted on fake CUDA tensors (benchmarks/fake_cuda.py): launches, bytes moved, operations, bytes saved for backward, and
 a roofline's time. Nothing is measured, and no GPU is needed.
 
-    python -m benchmarks.gpu_prediction --output benchmarks/results/gpu/predicted.json --update docs/gpu-prediction.md
+    python -m benchmarks.gpu_prediction --output benchmarks/results/gpu_prediction.json --update docs/gpu-prediction.md
 """
 
 from benchmarks import fake_cuda
@@ -12,11 +12,13 @@ if __name__ == "__main__":
     fake_cuda.load()
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +57,25 @@ CASES = [
 ]
 
 
-def counted(case: Case, ours: bool, rows: int = ROWS, features: int = FEATURES) -> fake_cuda.Counts:
+def counted(
+    case: Case, ours: bool, rows: int = ROWS, features: int = FEATURES, route: str = "bitsandbytes"
+) -> fake_cuda.Counts:
     """What a step of the case counts, by this library or by stock PEFT (and bitsandbytes, for nf4)."""
     layer = _peft_layer(case, features)
     state = getattr(layer.base_layer.weight, "quant_state", None)
-    with fake_cuda.fake_cuda():
+    from peftkern.engines.torch import decode
+
+    with (
+        fake_cuda.fake_cuda(),
+        # PEFT's DoRA decodes what has bitsandbytes' class, which a fake parameter has not.
+        mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _decoded),
+        # Both decode by bitsandbytes, or ours by its look-up, whose table is on a device once.
+        mock.patch.object(decode, "route_of", lambda device: route),
+        mock.patch.object(decode, "pair_table", functools.cache(decode.pair_table)),
+    ):
+        if route == "gather":
+            decode.pair_table(torch.device("cuda", 0), torch.bfloat16)
+            decode.pair_table(torch.device("cuda", 0), torch.float32)
         fake_cuda.faked(layer)
         scales = _fake_quant_state(layer, state)
         layer.train()
@@ -79,7 +95,7 @@ def _peft_layer(case: Case, features: int) -> Any:
         base = bitsandbytes.nn.Linear4bit(
             features, features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
         )
-        base.to("cpu")
+        base.to(torch.bfloat16).to("cpu")  # where it is quantised
     else:
         base = nn.Linear(features, features, bias=False, dtype=torch.bfloat16)
     base.requires_grad_(False)
@@ -109,6 +125,15 @@ def _fake_quant_state(layer: Any, state: Any) -> list[Tensor]:
     weight = layer.base_layer.weight
     weight.quant_state, weight.quant_type, weight.bnb_quantized = state, "nf4", True
     return made
+
+
+def _decoded(base: Any) -> Tensor:
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight  # type: ignore[no-any-return]
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(base.weight.data, state)  # type: ignore[no-any-return]
 
 
 def _our_call(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -141,7 +166,8 @@ def _expansions() -> dict[Any, Callable[..., Tensor]]:
             nested = (absmax_8bit, absmax, absmax_code, 256, torch.float32)
             scale = library.dequantize_blockwise.default(*nested) + absmax_offset
         dense = library.dequantize_4bit.default(B, scale, blocksize, quant_type, shapeB, A.dtype)
-        return nn.functional.linear(A, dense, bias)
+        product = torch.mm(A.flatten(0, -2), dense.t())  # what torch's linear comes to
+        return (product if bias is None else product + bias).view(*A.shape[:-1], -1)
 
     return {library.gemm_4bit.default: gemm_4bit}
 
@@ -157,6 +183,7 @@ def row(case: Case) -> dict[str, Any]:
             "flops": counts.flops,
             "saved": counts.saved,
             "peak": counts.peak,
+            "largest_wide": counts.largest_wide,
             "ms": {chip: round(1e3 * counts.seconds(of), 4) for chip, of in fake_cuda.CHIPS.items()},
         }
     return {"case": asdict(case), "name": str(case), **sides}

@@ -191,7 +191,7 @@ def test_calls_that_it_takes(built: None, dtype: torch.dtype, rows: int) -> None
     ],
 )
 def test_calls_that_it_refuses(built: None, options: dict[str, Any], message: str) -> None:
-    wanted = f"lora_linear: backend 'cuda' {message}; use backend='triton' or 'reference'"
+    wanted = f"lora_linear: backend 'cuda' {message}; use backend='triton' or 'torch'"
     with pytest.raises(RuntimeError, match=wanted):
         call(**options)
 
@@ -204,14 +204,14 @@ def test_several_adapters_have_no_kernel(built: None) -> None:
         backends.choose("multi_lora_linear", torch.empty(1, dtype=torch.bfloat16, device="cuda"), "cuda")
 
 
-def test_auto_leaves_what_it_refuses_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_what_it_refuses_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "GPU_RECORDS", {"lora_linear": ("cuda", "chip.json")})
     q = random_nf4((70, 192))
     with FakeTensorMode():
         few, many = (torch.empty(rows, 192, dtype=torch.bfloat16, device="cuda") for rows in (8, 9))
     assert backends.choose("lora_linear", few, None, q, 0.0).implementation == "cuda"
     choice = backends.choose("lora_linear", many, None, q, 0.0)
-    assert choice == ("reference", "auto: backend 'cuda' takes at most 8 rows of x, got 9")
+    assert choice == ("torch", "auto: backend 'cuda' takes at most 8 rows of x, got 9", False)
 
 
 def test_explain_knows(built: None, monkeypatch: pytest.MonkeyPatch) -> None:

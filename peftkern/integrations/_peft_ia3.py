@@ -70,9 +70,9 @@ def fast(layer: Any, x: Tensor) -> Tensor:
         return base.alone(x)
     scales = layer._modules["ia3_l"]._parameters
     first, *others = names
-    scale = scales[first].view(-1).float()
+    scale = scales[first].view(-1)
     for name in others:
-        scale = scale * scales[name].view(-1)
+        scale = scale.float() * scales[name].view(-1)
     return base.run(x, partial(_ia3, scale, base, layer.is_feedforward))
 
 
