@@ -124,9 +124,16 @@ def only_expected_warnings() -> Iterator[None]:
 # The same numbers
 
 
+@pytest.fixture(params=["auto", "torch", "reference"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs the ops: a layer takes whatever is chosen."""
+    monkeypatch.setenv("PEFTKERN_BACKEND", request.param)
+    return str(request.param)
+
+
 @BASE
 @METHOD
-def test_outputs_and_gradients_are_peft_s(method, base, seed):
+def test_outputs_and_gradients_are_peft_s(method, base, engine, seed):
     model = adapted(BASES[base](), CONFIGS[method]())
     expected = step(model, rows())
     assert len(expected) > 3 and all(value.norm() > 0 for value in expected.values())
@@ -140,7 +147,7 @@ def test_outputs_and_gradients_are_peft_s(method, base, seed):
 
 @BASE
 @METHOD
-def test_bf16_is_as_near_to_fp32_as_peft(method, base, seed):
+def test_bf16_is_as_near_to_fp32_as_peft(method, base, engine, seed):
     model = adapted(BASES[base](torch.bfloat16), CONFIGS[method]())
     exact = step(_as_fp32(model), rows())
     theirs = step(model, rows(torch.bfloat16))
