@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkern import backends
 from peftkern._modules import outer_modules
 from peftkern._native import ops
+from peftkern.engines.torch import decode
 from peftkern.integrations.peft import explain_layer, explain_part
 from peftkern.nn._adapted_linear import AdaptedLinear
 from peftkern.nn._adapters import AdapterModule
@@ -103,7 +104,11 @@ def _explain_layer(path: str, layer: AdapterModule | NF4Linear, x: Tensor | None
     if op == "lora_linear" and isinstance(layer, LoRALinear):
         dropout = layer.settings[cast(str, layer.active_adapter)].dropout
         call = layer.base_weight, dropout if layer.training else 0.0
-    return _chosen(path, op, _probe(base, x), state, *call)
+    probe = _probe(base, x)
+    found = _chosen(path, op, probe, state, *call)
+    if found.implementation == "torch" and isinstance(base, NF4Linear):
+        return found._replace(reason=f"{found.reason}; {decode.explained(probe.device)}")
+    return found
 
 
 def _explain_module(path: str, module: AdapterModule, x: Tensor | None, state: str) -> Explanation:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftkern
 from peftkern import backends, ops
+from peftkern.engines.torch import decode
 from peftkern.explain import Explanation, Row
 from peftkern.nn import LoRALinear, NF4Linear
 
@@ -236,3 +238,12 @@ def test_report_is_a_table(model):
 def test_report_refuses():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         peftkern.report(3)
+
+
+@pytest.mark.parametrize(("has_ops", "decoder"), [(True, "bitsandbytes' op"), (False, "a look-up in torch's ops")])
+def test_what_decodes_nf4_on_a_gpu(has_ops, decoder, monkeypatch):
+    monkeypatch.setattr(decode, "_has_bitsandbytes", lambda kind: has_ops)
+    layer = LoRALinear(NF4Linear(64, 16, dtype=torch.bfloat16))
+    with FakeTensorMode():
+        (record,) = peftkern.explain(layer, torch.empty(1, 64, dtype=torch.bfloat16, device="cuda"))
+    assert record.implementation == "torch" and record.reason.endswith(f"; NF4 decoded by {decoder}")

@@ -2,7 +2,7 @@
 
 Tokens are torch's flash or memory-efficient attention with its log-sum-exp. The prefix, which is short, is a softmax of
 its own, and the two are merged by their log-sum-exps; in backward torch's kernels get the merged output and
-log-sum-exp. Without a prefix it is torch's function; where torch has no such kernel, the two are concatenated.
+log-sum-exp. Where torch has no such kernel, the two are concatenated. A prefix has at least one row here.
 """
 
 from typing import Any
@@ -28,11 +28,6 @@ def prefix_attention(
     scale: float,
 ) -> Tensor:
     """Attention over [prefix; tokens] for query [batch, heads, queries, head_dim]; `mask` is added to the tokens'."""
-    grouped = query.shape[1] != key.shape[1]
-    if prefix_key.shape[-2] == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
     whole = key.shape[2] > 0 and query.numel() > 0
     if query.device.type in MERGING and whole and not (is_causal and query.shape[2] != key.shape[2]):
         arguments = (is_causal, scale, query, key, value, prefix_key, prefix_value, mask)

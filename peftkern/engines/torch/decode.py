@@ -148,6 +148,12 @@ def route_of(device: torch.device) -> str:
     return "bitsandbytes" if _has_bitsandbytes(device.type) else "gather"
 
 
+def explained(device: torch.device) -> str:
+    """What decodes NF4 on a device, in words."""
+    words = {"cpu": "our kernel", "bitsandbytes": "bitsandbytes' op", "gather": "a look-up in torch's ops"}
+    return f"NF4 decoded by {words[route_of(device)]}"
+
+
 @functools.cache
 def _has_bitsandbytes(kind: str) -> bool:
     """Whether bitsandbytes is installed, whole, and has a kernel of its own for devices of this kind."""
